@@ -1,0 +1,8 @@
+"""fairseq's edge: the only part that imports fairseq. Importing it registers everything."""
+
+from fairseq_sam.adapter import checkpoints, config, optimizers, seam
+
+checkpoints.allow_checkpoint_classes()
+optimizers.register_presets()
+config.check_before_data_is_read()
+seam.wrap_trainer()

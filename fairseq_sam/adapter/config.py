@@ -1,0 +1,81 @@
+"""Checks of the whole configuration, before a task reads any data."""
+
+import functools
+from argparse import Namespace
+from typing import Any
+
+from fairseq import tasks
+from omegaconf import DictConfig
+
+from fairseq_sam.adapter.optimizers import check_base, method_of
+from fairseq_sam.core.method import PRESETS, TENSOR_GRANULARITIES
+
+
+def check_config(cfg: Any) -> None:
+    """Refuse a run that cannot work: values, contradicting flags, modes.
+
+    Args:
+        cfg: fairseq's whole configuration. One whose optimizer is not a preset of ours passes.
+
+    Raises:
+        ValueError: names the flag, its value and what to do instead.
+    """
+    optimizer = cfg.get("optimizer")
+    name = getattr(optimizer, "_name", None)
+    if name not in PRESETS:
+        return
+    check_base(optimizer)
+    method = method_of(name, optimizer)
+    common, distributed = cfg.common, cfg.distributed_training
+    flat = common.fp16 and not common.memory_efficient_fp16 and not common.fp16_no_flatten_grads
+    if flat and method.granularity in TENSOR_GRANULARITIES:
+        raise ValueError(
+            f"--fp16 flattens all parameters into one vector, but {name} uses --sam-granularity "
+            f"{method.granularity}, which needs tensors; add --fp16-no-flatten-grads, or use --amp, or choose "
+            "--sam-granularity element or model"
+        )
+    if distributed.ddp_backend == "fully_sharded":
+        raise ValueError(
+            f"--ddp-backend fully_sharded is not supported by --optimizer {name}: parameters are flat shards without "
+            "layers; use pytorch_ddp or legacy_ddp"
+        )
+    if distributed.pipeline_model_parallel:
+        raise ValueError(f"--pipeline-model-parallel is not supported by --optimizer {name}; leave it out")
+
+
+def check_before_data_is_read() -> None:
+    """Wrap ``fairseq.tasks.setup_task``, the first thing a run does after its configuration is complete, once."""
+    original = tasks.setup_task
+    if getattr(original, "checks_sharpness_aware_config", False):
+        return
+
+    @functools.wraps(original)
+    def setup_task(cfg: Any, **kwargs: Any) -> Any:
+        root = _root(cfg)
+        if root is not None:
+            check_config(root)
+        return original(cfg, **kwargs)
+
+    setup_task.checks_sharpness_aware_config = True  # type: ignore[attr-defined]
+    tasks.setup_task = setup_task
+
+
+def _root(task_cfg: Any) -> Any:
+    """Find the whole configuration from a task's part of it."""
+    if isinstance(task_cfg, DictConfig):
+        parent = task_cfg._get_parent()
+        complete = isinstance(parent, DictConfig) and "common" in parent and "optimizer" in parent
+        return parent if complete else None
+    if isinstance(task_cfg, Namespace) and getattr(task_cfg, "optimizer", None) in PRESETS:
+        # Tasks without a dataclass get all flags of the command line, flat.
+        sections = {"common": task_cfg, "distributed_training": task_cfg}
+        optimizer = Namespace(**{**vars(task_cfg), "_name": task_cfg.optimizer})
+        return _Flat(optimizer=optimizer, **sections)
+    return None
+
+
+class _Flat(Namespace):
+    """A flat namespace that answers like the structured configuration."""
+
+    def get(self, name: str) -> Any:
+        return getattr(self, name, None)

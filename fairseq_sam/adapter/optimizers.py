@@ -1,0 +1,311 @@
+"""The presets as fairseq optimizers: flags, and delegation of everything to a base optimizer."""
+
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, field, fields, make_dataclass
+from functools import cache
+from typing import Any, Optional
+
+from fairseq import optim
+from fairseq.dataclass import FairseqDataclass
+from fairseq.optim import OPTIMIZER_DATACLASS_REGISTRY, OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimizer
+from omegaconf import DictConfig, OmegaConf
+
+from fairseq_sam.core.method import CHOICES, PRESETS, Method
+
+STATE_KEY = "sharpness_aware"  # where the method's state rides in the optimizer's state dict
+
+
+def _one_of(axis: str) -> str:
+    return "one of " + ", ".join(CHOICES[axis])
+
+
+# Flag (without ``--sam-``), type and help of each axis; a flag that is not given keeps the preset's value.
+SAM_FLAGS: tuple[tuple[str, type, str], ...] = (
+    ("epsilon", float, "radius of the perturbation, >= 0 (0: the base optimizer bit for bit)"),
+    ("norm", str, "norm of the ball: l2, linf or a number > 1"),
+    ("steps", int, "number K of ascent steps, >= 1; an update costs K + 1 passes"),
+    ("step_size", float, "length of one ascent step, > 0 (default: 1.5 epsilon / K)"),
+    ("scale", str, f"diagonal scale operator T: {_one_of('scale')}"),
+    ("granularity", str, f"groups of T: {_one_of('granularity')}"),
+    ("descent", str, f"gradient of the update: {_one_of('descent')} (of all K + 1 passes)"),
+    ("gradient", str, f"unit of the gradient that T sees: {_one_of('gradient')} over the micro-batch's sample size"),
+    ("start_epoch", int, "first sharpness-aware epoch, counted from 1; plain steps before it"),
+    ("start_update", int, "number of plain updates before the first sharpness-aware one"),
+    ("interval", int, "every n-th update is sharpness-aware, >= 1"),
+    ("scope", str, f"what shares a perturbation: {_one_of('scope')}"),
+    ("dropout", str, f"random masks of the ascent passes: {_one_of('dropout')} as in the last pass"),
+    ("asam_eta", float, "added to |w| by the scale weight_abs, >= 0"),
+    ("max_scale", float, "cap of a gradient-based T, in multiples of its model-wise value, > 0 (inf: no cap)"),
+    ("exclude", str, "regular expression: parameters with a matching name are not perturbed"),
+)
+
+
+@cache
+def base_flags(name: str) -> dict[str, tuple[Any, Field]]:
+    """Return type and dataclass field of each flag of a base optimizer, by destination.
+
+    Optimizers with a dataclass give their fields; the legacy ones give what their ``add_args`` adds to a parser.
+
+    Args:
+        name: a name in fairseq's optimizer registry.
+    """
+    config = OPTIMIZER_DATACLASS_REGISTRY.get(name)
+    if config is not None:
+        return {f.name: (f.type, f) for f in fields(config) if not f.name.startswith("_")}
+    parser = ArgumentParser(allow_abbrev=False, add_help=False)
+    adder = getattr(OPTIMIZER_REGISTRY[name], "add_args", None)
+    if adder is not None:
+        adder(parser)
+    flags: dict[str, tuple[Any, Field]] = {}
+    for action in parser._actions:
+        kind = bool if action.nargs == 0 else action.type if isinstance(action.type, type) else Any
+        metadata = {"help": action.help}
+        if len(action.option_strings) > 1:
+            metadata["argparse_alias"] = action.option_strings[1]
+        default = None if action.default is SUPPRESS else action.default
+        flags[action.dest] = (kind, field(default=default, metadata=metadata))
+    return flags
+
+
+def _is_interpolation(default: Any) -> bool:
+    return isinstance(default, str) and default.startswith("${")
+
+
+def _base_fields(bases: Iterable[str]) -> list[tuple[str, Any, Any]]:
+    """Union of the bases' flags, each optional: None means the base's own default."""
+    owners: dict[str, list[str]] = {}
+    for base in bases:
+        for name in base_flags(base):
+            owners.setdefault(name, []).append(base)
+    union = []
+    for name, holders in owners.items():
+        versions = [base_flags(base)[name] for base in holders]
+        kind, first = versions[0]
+        if _is_interpolation(first.default):
+            union.append((name, kind, field(default=first.default)))
+            continue
+        metadata: dict[str, Any] = {"help": f"[{', '.join(holders)}] {first.metadata.get('help') or ''}".strip()}
+        for _, version in versions:
+            if "argparse_alias" in version.metadata:
+                metadata["argparse_alias"] = version.metadata["argparse_alias"]
+        same = all(other == kind for other, _ in versions)
+        union.append((name, Optional[kind] if same and kind is not Any else Any, field(default=None, metadata=metadata)))
+    return union
+
+
+def _config_class(bases: tuple[str, ...]) -> type:
+    own: list[tuple[str, Any, Any]] = [
+        (f"sam_{name}", Optional[kind], field(default=None, metadata={"help": text})) for name, kind, text in SAM_FLAGS
+    ]
+    base = ("base_optimizer", str, field(default="adam", metadata={"help": f"base optimizer: {', '.join(bases)}"}))
+    return make_dataclass(
+        "SharpnessAwareConfig",
+        [base, *own, *_base_fields(bases), ("lr", list[float], field(default="${optimization.lr}"))]
+        if not any("lr" in base_flags(b) for b in bases)
+        else [base, *own, *_base_fields(bases)],
+        bases=(FairseqDataclass,),
+    )
+
+
+def base_names() -> tuple[str, ...]:
+    """Names of the optimizers that a preset can wrap: all that are registered and not ours."""
+    return tuple(sorted(name for name in OPTIMIZER_REGISTRY if name not in PRESETS))
+
+
+def method_of(name: str, cfg: Any) -> Method:
+    """Build the method that a configuration describes.
+
+    Args:
+        name: the preset.
+        cfg: configuration with the ``sam_`` fields.
+
+    Raises:
+        ValueError: if a value is not allowed.
+    """
+    return Method.from_preset(name, **{axis: getattr(cfg, f"sam_{axis}", None) for axis, _, _ in SAM_FLAGS})
+
+
+def check_base(cfg: Any) -> None:
+    """Refuse an unknown base optimizer, and flags of another base than the chosen one.
+
+    Raises:
+        ValueError: names the flag, its value and what is allowed.
+    """
+    if cfg.base_optimizer not in base_names():
+        raise ValueError(f"--base-optimizer must be one of {', '.join(base_names())}, got {cfg.base_optimizer!r}")
+    own = base_flags(cfg.base_optimizer)
+    for other in base_names():
+        for name, (_, declared) in base_flags(other).items():
+            value = getattr(cfg, name, None)
+            if name not in own and value is not None and not _is_interpolation(declared.default):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {value} is a flag of --base-optimizer {other}, "
+                    f"but --base-optimizer is {cfg.base_optimizer}; its flags: "
+                    + (", ".join(f"--{flag.replace('_', '-')}" for flag in own if flag not in ("lr", "tpu")) or "none")
+                )
+
+
+def base_config(cfg: Any) -> Any:
+    """Return the base optimizer's own configuration, in the form that its class takes."""
+    name = cfg.base_optimizer
+    given = {key: getattr(cfg, key, None) for key in base_flags(name)}
+    values = {key: value for key, value in given.items() if value is not None}
+    if name in OPTIMIZER_DATACLASS_REGISTRY:
+        return OmegaConf.create({"_name": name, **values})
+    for key, (_, declared) in base_flags(name).items():
+        values.setdefault(key, None if declared.default is MISSING else declared.default)
+    lr = list(cfg.lr) if not isinstance(cfg.lr, float) else [cfg.lr]
+    values = {key: list(v) if OmegaConf.is_list(v) else v for key, v in values.items()}
+    return Namespace(optimizer=name, **{**values, "lr": lr})
+
+
+class SharpnessAwareOptimizer(FairseqOptimizer):
+    """A base optimizer with a method's configuration and state beside it.
+
+    Every operation is the base optimizer's. The training step reads `method` and writes `num_ascents` and
+    `num_skipped`, which ride in the state dict under ``sharpness_aware``.
+
+    Args:
+        cfg: the preset's configuration.
+        params: parameters to optimize, as fairseq passes them.
+
+    Raises:
+        ValueError: if the configuration is not valid.
+    """
+
+    preset: str
+
+    def __init__(self, cfg: DictConfig, params: Any) -> None:
+        super().__init__(cfg)
+        check_base(cfg)
+        self.method = method_of(self.preset, cfg)
+        self.base: FairseqOptimizer = optim.build_optimizer(base_config(cfg), list(params))
+        self.epoch = 1
+        self.num_ascents = 0
+        self.num_skipped = 0
+
+    @property
+    def optimizer(self) -> Any:
+        """The base's ``torch.optim.Optimizer``."""
+        return self.base.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Any) -> None:
+        self.base.optimizer = optimizer
+
+    @property
+    def optimizer_config(self) -> dict[str, Any]:
+        """The base's settings that override those of a checkpoint."""
+        return self.base.optimizer_config
+
+    @property
+    def params(self) -> Any:
+        """The base's parameters."""
+        return self.base.params
+
+    @property
+    def param_groups(self) -> Any:
+        """The base's parameter groups."""
+        return self.base.param_groups
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The base's own learning-rate scheduler, if it has one (composite)."""
+        return getattr(self.base, "lr_scheduler", None)
+
+    @property
+    def supports_memory_efficient_fp16(self) -> bool:
+        """As the base."""
+        return self.base.supports_memory_efficient_fp16
+
+    @property
+    def supports_step_with_scale(self) -> bool:
+        """As the base."""
+        return self.base.supports_step_with_scale
+
+    @property
+    def supports_groups(self) -> bool:
+        """As the base."""
+        return self.base.supports_groups
+
+    @property
+    def supports_flat_params(self) -> bool:
+        """As the base."""
+        return self.base.supports_flat_params
+
+    def __getstate__(self) -> Any:
+        """Pickle as the base does."""
+        return self.base.__getstate__()
+
+    def get_lr(self) -> float:
+        """Return the base's learning rate."""
+        return self.base.get_lr()
+
+    def set_lr(self, lr: float) -> None:
+        """Set the base's learning rate."""
+        self.base.set_lr(lr)
+
+    def backward(self, loss: Any) -> None:
+        """Run the base's backward pass."""
+        self.base.backward(loss)
+
+    def all_reduce_grads(self, module: Any) -> None:
+        """Reduce gradients as the base does."""
+        self.base.all_reduce_grads(module)
+
+    def multiply_grads(self, c: Any) -> None:
+        """Multiply gradients as the base does."""
+        self.base.multiply_grads(c)
+
+    def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Any:
+        """Clip gradients as the base does."""
+        return self.base.clip_grad_norm(max_norm, aggregate_norm_fn)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Let the base update the weights."""
+        self.base.step(*args, **kwargs)
+
+    def zero_grad(self) -> None:
+        """Clear gradients as the base does."""
+        self.base.zero_grad()
+
+    def average_params(self) -> None:
+        """Average the base's state over workers (BMUF)."""
+        self.base.average_params()
+
+    def broadcast_global_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Broadcast the base's state from the first worker."""
+        return self.base.broadcast_global_state_dict(state_dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state with the method's beside it."""
+        own = {"num_ascents": self.num_ascents, "num_skipped": self.num_skipped}
+        return {**self.base.state_dict(), STATE_KEY: own}
+
+    def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
+        """Load a state of this class, or one that the base alone wrote (the method then starts anew)."""
+        base_state = {key: value for key, value in state_dict.items() if key != STATE_KEY}
+        own = state_dict.get(STATE_KEY, {})
+        self.num_ascents = own.get("num_ascents", 0)
+        self.num_skipped = own.get("num_skipped", 0)
+        self.base.load_state_dict(base_state, optimizer_overrides)
+
+
+def register_presets() -> None:
+    """Register each preset as an optimizer of fairseq, once."""
+    bases = base_names()
+    config = _config_class(bases)
+    for name in PRESETS:
+        if name not in OPTIMIZER_REGISTRY:
+            class_name = "".join(part.capitalize() for part in name.split("_")) + "Optimizer"
+            cls = type(class_name, (SharpnessAwareOptimizer,), {"preset": name, "__module__": __name__})
+            register_optimizer(name, dataclass=config)(cls)
+
+
+def unwrap(optimizer: Any) -> SharpnessAwareOptimizer | None:
+    """Find our optimizer inside fairseq's precision and BMUF wrappers; None if the run does not use one."""
+    while optimizer is not None and not isinstance(optimizer, SharpnessAwareOptimizer):
+        inner = (vars(optimizer).get(name) for name in ("fp32_optimizer", "wrapped_optimizer", "_optimizer"))
+        optimizer = next((candidate for candidate in inner if isinstance(candidate, FairseqOptimizer)), None)
+    return optimizer

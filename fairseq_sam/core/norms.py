@@ -1,0 +1,74 @@
+"""The steepest direction and the projection in a p-norm ball, over a list of tensors taken as one vector."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def vector_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return the p-norm of all numbers of `tensors` together, accumulated in float64.
+
+    Args:
+        tensors: at least one tensor, any shapes.
+        p: order of the norm, in (1, inf].
+
+    Returns:
+        A 0-dimensional float64 tensor on the first tensor's device.
+    """
+    norms = torch._foreach_norm(list(tensors), p)
+    joined = torch.stack([norm.to(tensors[0].device, torch.float64) for norm in norms])
+    return torch.linalg.vector_norm(joined, p)
+
+
+def steepest_direction_(gradients: list[Tensor], p: float) -> list[Tensor]:
+    """Turn a gradient into the unit vector along which it rises fastest, in place.
+
+    ``x = sgn(g) |g|^(1/(p-1)) / || |g|^(1/(p-1)) ||_p`` maximises ``g . x`` over ``||x||_p = 1`` (GA-SAM eq. 94-95).
+
+    Args:
+        gradients: finite tensors, not all zero; overwritten.
+        p: order of the norm, in (1, inf].
+
+    Returns:
+        The same tensors.
+    """
+    if p == math.inf:
+        torch._foreach_sign_(gradients)
+        return gradients
+    if p != 2.0:
+        # Dividing by the largest number first keeps |g|^(1/(p-1)) in range for p near 1; the quotient is unchanged.
+        largest = vector_norm(gradients, math.inf)
+        for gradient in gradients:
+            gradient.div_(largest.to(gradient.device, gradient.dtype))
+            gradient.copy_(gradient.sign() * gradient.abs().pow_(1.0 / (p - 1.0)))
+    scale_(gradients, 1.0 / vector_norm(gradients, p))
+    return gradients
+
+
+def scale_(tensors: list[Tensor], factor: Tensor | float) -> None:
+    """Multiply all tensors by one number, in place."""
+    if isinstance(factor, Tensor):
+        for tensor in tensors:
+            tensor.mul_(factor.to(tensor.device, tensor.dtype))
+    else:
+        torch._foreach_mul_(tensors, factor)
+
+
+def project_(tensors: list[Tensor], p: float, epsilon: float) -> None:
+    """Project onto the ball ``||x||_p <= epsilon``, in place (GA-SAM eq. 17-18 in the coordinates ``T^-1 a``).
+
+    L-infinity clips; every other norm shrinks radially. Differs from the Euclidean projection for p not in {2, inf}.
+
+    Args:
+        tensors: finite tensors; overwritten.
+        p: order of the norm, in (1, inf].
+        epsilon: radius, >= 0.
+    """
+    if p == math.inf:
+        torch._foreach_clamp_max_(tensors, epsilon)
+        torch._foreach_clamp_min_(tensors, -epsilon)
+        return
+    norm = vector_norm(tensors, p)
+    scale_(tensors, torch.where(norm > epsilon, epsilon / norm, torch.ones_like(norm)))

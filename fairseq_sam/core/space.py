@@ -1,0 +1,71 @@
+"""The parameters that are trained, their names, and the layer that each belongs to."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """The trained parameters of a model.
+
+    Attributes:
+        names: name of each parameter.
+        tensors: the parameters; a tied parameter appears once.
+        layers: for each parameter, the number of the module that owns it directly.
+        perturbed: for each parameter, whether the ascent may move it.
+        masters: for each parameter, the tensor in higher precision that the optimizer updates, or None.
+    """
+
+    names: tuple[str, ...]
+    tensors: tuple[nn.Parameter, ...]
+    layers: tuple[int, ...]
+    perturbed: tuple[bool, ...]
+    masters: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(
+        cls,
+        modules: Mapping[str, nn.Module],
+        *,
+        parameters: Iterable[nn.Parameter] | None = None,
+        exclude: str = "",
+        masters: Sequence[Tensor] | None = None,
+    ) -> "ParameterSpace":
+        """Collect the parameters of modules that require a gradient.
+
+        Args:
+            modules: modules by the prefix that their parameters' names get (may be empty).
+            parameters: the parameters that are trained; default all. Those that no module owns form a layer each.
+            exclude: regular expression on names of parameters that are trained but not perturbed.
+            masters: one tensor in higher precision for each parameter, in the order of the result.
+
+        Returns:
+            The space, in the order of the modules' parameters.
+
+        Raises:
+            ValueError: if no parameter is left, or `masters` does not fit.
+        """
+        wanted = None if parameters is None else {id(parameter): parameter for parameter in parameters}
+        rows: dict[int, tuple[str, nn.Parameter, int]] = {}
+        layer = 0
+        for prefix, root in modules.items():
+            for path, module in root.named_modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.requires_grad and (wanted is None or id(parameter) in wanted):
+                        full_name = ".".join(part for part in (prefix, path, name) if part)
+                        rows.setdefault(id(parameter), (full_name, parameter, layer))
+                layer += 1
+        for number, (key, parameter) in enumerate((wanted or {}).items()):
+            if key not in rows and parameter.requires_grad:
+                rows[key] = (f"parameter.{number}", parameter, layer + number)
+        if not rows:
+            raise ValueError("the model has no parameter that requires a gradient")
+        names, tensors, layers = zip(*rows.values(), strict=True)
+        if masters is not None and [m.shape for m in masters] != [t.shape for t in tensors]:
+            raise ValueError(f"expected {len(tensors)} masters with the parameters' shapes, got {len(masters)}")
+        pattern = re.compile(exclude) if exclude else None
+        perturbed = tuple(pattern is None or not pattern.search(name) for name in names)
+        return cls(names, tensors, layers, perturbed, tuple(masters) if masters is not None else (None,) * len(names))
