@@ -15,10 +15,10 @@ Without fairseq, ``fairseq_sam.SharpnessAware`` gives the same methods to a plai
 
 import importlib.util
 
+from fairseq_sam._version import __version__
 from fairseq_sam.core import PRESETS, Method, SharpnessAware
 
-__all__ = ["PRESETS", "Method", "SharpnessAware"]
-__version__ = "0.1.0"
+__all__ = ["PRESETS", "Method", "SharpnessAware", "__version__"]
 
 if importlib.util.find_spec("fairseq") is not None:
     import fairseq_sam.adapter  # noqa: F401  registers the optimizers, wraps the training step

@@ -17,6 +17,16 @@ def vector_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
     Returns:
         A 0-dimensional float64 tensor on the first tensor's device.
     """
+    if p in (2.0, math.inf):
+        return _plain_norm(tensors, p)
+    # |x|^p leaves the range of floats soon for other p: take the largest number out first.
+    largest = _plain_norm(tensors, math.inf)
+    if not largest > 0:
+        return largest
+    return largest * _plain_norm([tensor / largest.to(tensor.device, tensor.dtype) for tensor in tensors], p)
+
+
+def _plain_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
     norms = torch._foreach_norm(list(tensors), p)
     joined = torch.stack([norm.to(tensors[0].device, torch.float64) for norm in norms])
     return torch.linalg.vector_norm(joined, p)
