@@ -1,0 +1,173 @@
+"""Checkpoints: exact resume, ordinary files, the safe loader stays on, averaging."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fairseq_sam import PRESETS
+from fairseq_sam.adapter.checkpoints import average_weights, last_checkpoints
+from tests.adapter import runs
+
+SAVING = ["--save-interval-updates", "6", "--max-update", "12", "--no-epoch-checkpoints"]
+VOLATILE = ("previous_training_time", "metrics", "train_iterator", "val_loss", "best")
+
+
+def run_flags(preset):
+    return [
+        *runs.TRANSLATION, "--optimizer", preset, "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1.0",
+        "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "4", "--update-freq", "2",
+        "--sam-interval", "2", "--sam-start-update", "3", "--sam-dropout", "fresh", "--sam-steps", "2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_resume_is_exact(translation_data, tmp_path, preset):
+    """12 updates equal 6 updates, a new process's worth of state, and 6 more: weights, optimizer, method, bit for bit."""
+    whole = runs.train(translation_data, tmp_path / "whole", *run_flags(preset), "--max-update", "12")
+    runs.train(translation_data, tmp_path / "parts", *run_flags(preset), "--max-update", "6")
+    resumed = runs.train(translation_data, tmp_path / "parts", *run_flags(preset), "--max-update", "12")
+    assert whole["optimizer_history"][-1]["num_updates"] == 12
+    assert runs.same_bits(whole["model"], resumed["model"])
+    assert runs.same_state(whole["last_optimizer_state"], resumed["last_optimizer_state"])
+    method = whole["last_optimizer_state"]["sharpness_aware"]
+    assert method["num_ascents"] == 10, "updates 4, 6, 8, 10 and 12, two micro-batches each"
+
+
+@pytest.fixture(scope="module")
+def saved(translation_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    flags = [*runs.TRANSLATION, "--optimizer", "ga_sam", "--max-epoch", "3"]
+    runs.train(translation_data, folder, *flags)
+    return folder
+
+
+def without_plugin(program: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True)
+
+
+def test_the_safe_loader_is_on_by_default_and_reads_the_checkpoint(saved):
+    state = torch.load(saved / "checkpoint_last.pt")
+    assert state["optimizer_history"][-1]["optimizer_name"] == "GaSamOptimizer"
+
+
+def test_without_the_plugin_the_safe_loader_alone_refuses_or_the_full_one_loads(saved):
+    """The file is an ordinary fairseq checkpoint: plain fairseq reads task, model and weights, given a full loader."""
+    program = f"""
+import functools, torch
+torch.load = functools.partial(torch.load, weights_only=False)
+from fairseq import checkpoint_utils
+models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([{str(saved / "checkpoint_last.pt")!r}])
+import sys
+assert "fairseq_sam" not in sys.modules
+print(type(task).__name__, type(models[0]).__name__, cfg.criterion._name)
+"""
+    done = without_plugin(program)
+    assert done.stdout.split() == ["TranslationTask", "TransformerModel", "label_smoothed_cross_entropy"], done.stderr
+
+
+class Malicious:
+    """Runs a command when it is unpickled by a loader that is not safe."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+class Unknown:
+    """A class that no fairseq checkpoint holds."""
+
+
+@pytest.mark.parametrize("kind", ["command", "class"])
+def test_a_pickle_with_anything_else_is_refused(saved, tmp_path, kind):
+    state = torch.load(saved / "checkpoint_last.pt")
+    mark = tmp_path / "was_run"
+    state["extra_state"]["surprise"] = Malicious(mark) if kind == "command" else Unknown()
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        runs.load(tmp_path / "bad.pt")
+    assert not mark.exists()
+
+
+def test_classes_of_a_checkpoint_after_bleu_validation(saved, tmp_path):
+    """numpy scalars as --eval-bleu leaves them in the best metric, and a Namespace as legacy tasks do."""
+    import argparse
+
+    import numpy as np
+
+    state = torch.load(saved / "checkpoint_last.pt")
+    state["extra_state"]["best"] = np.float64(31.2)
+    state["extra_state"]["counts"] = np.array([1, 2, 3])
+    state["cfg"]["task"] = argparse.Namespace(task="translation", source_lang="src")
+    torch.save(state, tmp_path / "bleu.pt")
+    found = torch.load(tmp_path / "bleu.pt")
+    assert found["extra_state"]["best"] == 31.2 and found["extra_state"]["counts"].tolist() == [1, 2, 3]
+
+
+def test_resume_of_a_base_run_asks_for_reset_optimizer(translation_data, tmp_path):
+    runs.train(translation_data, tmp_path, *runs.TRANSLATION, "--optimizer", "adam", "--max-update", "2")
+    more = [*runs.TRANSLATION, "--optimizer", "sam", "--max-update", "4"]
+    with pytest.raises(AssertionError, match="--reset-optimizer.*FairseqAdam vs SamOptimizer"):
+        runs.train(translation_data, tmp_path, *more)
+    state = runs.train(translation_data, tmp_path, *more, "--reset-optimizer", "--reset-dataloader")
+    assert state["optimizer_history"][-1]["optimizer_name"] == "SamOptimizer"
+
+
+def test_average(saved):
+    paths = last_checkpoints(saved, 3)
+    assert [path.name for path in paths] == ["checkpoint3.pt", "checkpoint2.pt", "checkpoint1.pt"]
+    models = [torch.load(path)["model"] for path in paths]
+    average = average_weights(paths)
+    for name, weight in average["model"].items():
+        parts = [model[name] for model in models]
+        assert weight.dtype == parts[0].dtype
+        if weight.is_floating_point():
+            expected = torch.stack([part.double() for part in parts]).mean(0).to(weight.dtype)
+            torch.testing.assert_close(weight, expected, rtol=0, atol=1e-7)
+    assert not runs.same_bits(average["model"], models[0])
+    assert "last_optimizer_state" not in average
+
+
+def test_average_of_one_checkpoint_is_that_checkpoint(saved):
+    path = saved / "checkpoint2.pt"
+    assert runs.same_bits(average_weights([path])["model"], torch.load(path)["model"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-epoch-checkpoints", "9"], "expected 9 files"),
+        (["--num-epoch-checkpoints", "0"], "must be >= 1, got 0"),
+        (["--num-update-checkpoints", "1"], "expected 1 files checkpoint_<epoch>_<update>.pt"),
+        (["--checkpoint-upper-bound", "2"], "needs --num-epoch-checkpoints"),
+    ],
+)
+def test_average_command_refuses(saved, tmp_path, arguments, message):
+    done = average(saved, tmp_path / "average.pt", *arguments)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def average(folder, output, *arguments):
+    script = str(runs.ROOT / "scripts" / "average_checkpoints.py")
+    command = [sys.executable, script, "--inputs", str(folder), "--output", str(output), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_average_command_with_an_upper_bound(saved, tmp_path):
+    done = average(saved, tmp_path / "a.pt", "--num-epoch-checkpoints", "2", "--checkpoint-upper-bound", "2")
+    assert done.returncode == 0, done.stderr
+    expected = average_weights([saved / "checkpoint2.pt", saved / "checkpoint1.pt"])["model"]
+    assert runs.same_bits(torch.load(tmp_path / "a.pt")["model"], expected)
+
+
+def test_averaging_different_models_is_refused(saved, tmp_path):
+    state = torch.load(saved / "checkpoint1.pt")
+    state["model"].pop("decoder.embed_tokens.weight")
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other parameters"):
+        average_weights([saved / "checkpoint2.pt", tmp_path / "other.pt"])
