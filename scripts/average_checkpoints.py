@@ -19,7 +19,9 @@ def main() -> None:
     parser.add_argument("--inputs", required=True, nargs="+", type=Path, help="checkpoint files, or one --save-dir")
     parser.add_argument("--output", required=True, type=Path, help="checkpoint to write")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--num-epoch-checkpoints", type=int, help="average the last N checkpoint<epoch>.pt of the folder")
+    which.add_argument(
+        "--num-epoch-checkpoints", type=int, help="average the last N checkpoint<epoch>.pt of the folder"
+    )
     which.add_argument("--num-update-checkpoints", type=int, help="… the last N checkpoint_<epoch>_<update>.pt")
     parser.add_argument("--checkpoint-upper-bound", type=int, help="highest epoch (or update) to take")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Reference twins: the papers' formulas line by line in numpy float64, written apart from the engine.
 
-A model is a flat vector `w`; `gradient(v)` is the gradient of the loss at `v`; `groups` gives each number the name of its
-group. Equation numbers are GA-SAM's.
+A model is a flat vector `w`; `gradient(v)` is the gradient of the loss at `v`; `groups` gives each number the name
+of its group. Equation numbers are GA-SAM's.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def group_norm(x: Vector, groups: Vector) -> Vector:
 
 def group_size(groups: Vector) -> Vector:
     """n_(i) of the group of each number."""
-    names, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
     return counts[inverse].astype(float)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The main job, end to end, in a few minutes and without a download: Adam against GA-SAM on a generated translation task.
+"""The main job in a few minutes and without a download: Adam against GA-SAM on a generated translation task.
 
 generate text -> sentencepiece -> fairseq-preprocess -> fairseq-train (Adam, GA-SAM) -> average checkpoints
 -> fairseq-generate -> sacreBLEU -> table
@@ -32,13 +32,17 @@ SUBWORDS = 1000
 NUM_AVERAGED = 3
 SHARPNESS_RADIUS = 0.5  # L2, about 1 % of the norm of the trained weights
 
-TRAINING = (
-    "--arch transformer --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128 --decoder-embed-dim 128 "
-    "--encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 --decoder-attention-heads 4 "
-    "--share-all-embeddings --dropout 0.1 --criterion label_smoothed_cross_entropy --label-smoothing 0.1 "
-    "--lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 150 --weight-decay 1e-4 --max-tokens 2000 "
-    "--max-epoch 10 --seed 1 --cpu --num-workers 0"
-).split() + ["--adam-betas", "(0.9, 0.98)"]
+TRAINING = [
+    *(
+        "--arch transformer --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128 --decoder-embed-dim 128 "
+        "--encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 --decoder-attention-heads 4 "
+        "--share-all-embeddings --dropout 0.1 --criterion label_smoothed_cross_entropy --label-smoothing 0.1 "
+        "--lr 3e-3 --lr-scheduler inverse_sqrt --warmup-updates 150 --weight-decay 1e-4 --max-tokens 2000 "
+        "--max-epoch 10 --seed 1 --cpu --num-workers 0"
+    ).split(),
+    "--adam-betas",
+    "(0.9, 0.98)",
+]
 METHODS = {
     "adam": "--optimizer adam".split(),
     # The flags that GA-SAM C.2.3 gives for En-Vi, with K = 1; the start epoch is past the first half of the run.
@@ -113,12 +117,12 @@ def write_text(folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     pairs = iter(sentence_pairs(sum(SPLITS.values())))
-    raw = {}
+    raw: dict[tuple[str, str], list[str]] = {}
     for split, count in SPLITS.items():
         chosen = [next(pairs) for _ in range(count)]
-        for language, lines in zip(LANGUAGES, zip(*chosen, strict=True), strict=True):
-            raw[split, language] = list(lines)
-            (folder / f"{split}.raw.{language}").write_text("\n".join(lines) + "\n")
+        for language, side in zip(LANGUAGES, zip(*chosen, strict=True), strict=True):
+            raw[split, language] = list(side)
+            (folder / f"{split}.raw.{language}").write_text("\n".join(side) + "\n")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(raw["train", "src"] + raw["train", "tgt"]),
         model_prefix=str(folder / "subwords"),
@@ -172,7 +176,9 @@ def train(out: Path, method: str) -> None:
 def _show_progress(line: str) -> None:
     record = _record(line)
     if "valid_loss" in record:
-        print(f"\r      epoch {record['epoch']:>2}: validation loss {float(record['valid_nll_loss']):6.3f}   ", flush=True)
+        print(
+            f"\r      epoch {record['epoch']:>2}: validation loss {float(record['valid_nll_loss']):6.3f}   ", flush=True
+        )
     elif "train_loss" not in record and "loss" in record and sys.stdout.isatty():
         print(f"\r      epoch {record['epoch']:>2}, update {record['num_updates']:>5}: loss {record['loss']}  ", end="")
 
@@ -203,7 +209,7 @@ def translate(out: Path, method: str) -> None:
         [
             "fairseq_cli.generate", str(out / "data-bin"), "--user-dir", str(ROOT / "fairseq_sam"),
             "--path", str(save_dir / "averaged.pt"), "--beam", "5", "--remove-bpe", "sentencepiece",
-            "--max-tokens", "8000", "--cpu",
+            "--max-tokens", "8000", "--required-batch-size-multiple", "1", "--cpu",
         ],
         log,
     )  # fmt: skip
@@ -246,7 +252,10 @@ def measure(out: Path, method: str) -> tuple[float, float]:
         output = model(**batch["net_input"])
         log_probabilities = utils.log_softmax(output[0], dim=-1)
         loss = torch.nn.functional.nll_loss(
-            log_probabilities.flatten(0, 1), batch["target"].flatten(), ignore_index=task.tgt_dict.pad(), reduction="sum"
+            log_probabilities.flatten(0, 1),
+            batch["target"].flatten(),
+            ignore_index=task.tgt_dict.pad(),
+            reduction="sum",
         )
         return loss / math.log(2), float(batch["ntokens"])
 

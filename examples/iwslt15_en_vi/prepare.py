@@ -39,7 +39,8 @@ def find_file(folder: Path | None, name: str, cache: Path) -> Path:
             urllib.request.urlretrieve(PUBLIC_ADDRESS + name, partial)
         except (urllib.error.URLError, OSError) as error:
             raise SystemExit(
-                f"error: could not fetch {PUBLIC_ADDRESS}{name}: {error}\nfetch it by hand and name its folder with --data"
+                f"error: could not fetch {PUBLIC_ADDRESS}{name}: {error}\n"
+                "fetch it by hand and name its folder with --data"
             ) from error
         partial.rename(target)
     return target

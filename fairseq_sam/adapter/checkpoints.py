@@ -23,7 +23,7 @@ def checkpoint_classes() -> list[Any]:
     ``argparse.Namespace`` (tasks and models without a dataclass), numpy scalars (best metrics after ``--eval-bleu``),
     and what fairseq broadcasts to the other workers of a resumed distributed run.
     """
-    multiarray = getattr(np, "_core", None) or np.core  # type: ignore[attr-defined]
+    multiarray = getattr(np, "_core", None) or np.core
     numpy_classes = [
         multiarray.multiarray._reconstruct,
         multiarray.multiarray.scalar,
@@ -87,7 +87,9 @@ def average_weights(paths: Sequence[str | Path]) -> dict[str, Any]:
     return state
 
 
-def last_checkpoints(folder: str | Path, count: int, *, by_update: bool = False, upper_bound: int | None = None) -> list[Path]:
+def last_checkpoints(
+    folder: str | Path, count: int, *, by_update: bool = False, upper_bound: int | None = None
+) -> list[Path]:
     """Find the newest checkpoints that a run kept.
 
     Args:

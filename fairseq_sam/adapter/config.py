@@ -21,7 +21,7 @@ def check_config(cfg: Any) -> None:
         ValueError: names the flag, its value and what to do instead.
     """
     optimizer = cfg.get("optimizer")
-    name = getattr(optimizer, "_name", None)
+    name = str(getattr(optimizer, "_name", None))
     if name not in PRESETS:
         return
     check_base(optimizer)

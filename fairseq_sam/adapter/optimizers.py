@@ -42,7 +42,7 @@ SAM_FLAGS: tuple[tuple[str, type, str], ...] = (
 
 
 @cache
-def base_flags(name: str) -> dict[str, tuple[Any, Field]]:
+def base_flags(name: str) -> dict[str, tuple[Any, Field[Any]]]:
     """Return type and dataclass field of each flag of a base optimizer, by destination.
 
     Optimizers with a dataclass give their fields; the legacy ones give what their ``add_args`` adds to a parser.
@@ -57,14 +57,15 @@ def base_flags(name: str) -> dict[str, tuple[Any, Field]]:
     adder = getattr(OPTIMIZER_REGISTRY[name], "add_args", None)
     if adder is not None:
         adder(parser)
-    flags: dict[str, tuple[Any, Field]] = {}
+    flags: dict[str, tuple[Any, Field[Any]]] = {}
     for action in parser._actions:
         kind = bool if action.nargs == 0 else action.type if isinstance(action.type, type) else Any
         metadata = {"help": action.help}
         if len(action.option_strings) > 1:
             metadata["argparse_alias"] = action.option_strings[1]
         default = None if action.default is SUPPRESS else action.default
-        flags[action.dest] = (kind, field(default=default, metadata=metadata))
+        declared: Any = field(default=default, metadata=metadata)
+        flags[action.dest] = (kind, declared)
     return flags
 
 
@@ -90,7 +91,9 @@ def _base_fields(bases: Iterable[str]) -> list[tuple[str, Any, Any]]:
             if "argparse_alias" in version.metadata:
                 metadata["argparse_alias"] = version.metadata["argparse_alias"]
         same = all(other == kind for other, _ in versions)
-        union.append((name, Optional[kind] if same and kind is not Any else Any, field(default=None, metadata=metadata)))
+        union.append(
+            (name, Optional[kind] if same and kind is not Any else Any, field(default=None, metadata=metadata))
+        )
     return union
 
 

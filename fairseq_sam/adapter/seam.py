@@ -270,7 +270,7 @@ def _all_reduce(
     joined = torch.cat([header, *parts])
     distributed_utils.all_reduce(joined, group=group)
     header, flat = joined[: len(header)], joined[len(header) :]
-    split = flat.split([t.numel() for t in tensors])
+    split = torch.split(flat, [t.numel() for t in tensors])
     present = (header[1:] > 0).tolist()
     summed: Gradients = [part.view_as(t) if has else None for part, t, has in zip(split, tensors, present, strict=True)]
     return summed, float(header[0])

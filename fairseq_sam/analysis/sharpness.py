@@ -90,9 +90,7 @@ def _loss_and_gradient(
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     for batch in batches:
         loss, size = loss_sum(model, batch)
-        for total_gradient, g in zip(
-            gradients, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
-        ):
+        for total_gradient, g in zip(gradients, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if g is not None:
                 total_gradient += g
         total, weight = total + float(loss), weight + size

@@ -209,8 +209,6 @@ PRESETS: Mapping[str, Method] = {
         Method("asam", epsilon=0.5, scale="weight_abs", granularity="element"),
         Method("layer_sam", epsilon=1e-5, scale="weight_over_gradient", granularity="layer"),
         Method("multistep_defense", epsilon=5e-4, norm=math.inf, steps=2, descent="mean"),
-        Method(
-            "ga_sam", epsilon=1e-4, norm=math.inf, scale="gradient_strength", granularity="layer", descent="mean"
-        ),
+        Method("ga_sam", epsilon=1e-4, norm=math.inf, scale="gradient_strength", granularity="layer", descent="mean"),
     )
 }

@@ -29,7 +29,8 @@ def vector_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
 def _plain_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
     norms = torch._foreach_norm(list(tensors), p)
     joined = torch.stack([norm.to(tensors[0].device, torch.float64) for norm in norms])
-    return torch.linalg.vector_norm(joined, p)
+    result: Tensor = torch.linalg.vector_norm(joined, p)
+    return result
 
 
 def steepest_direction_(gradients: list[Tensor], p: float) -> list[Tensor]:

@@ -1,9 +1,10 @@
 """One sharpness-aware step: K ascent passes, the move, the last pass, the restore."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -102,14 +103,13 @@ class SharpnessAwareStep(Generic[Result]):
             What the pass returned.
         """
         prior = self._take_gradients()
-        handles = []
-        combine = self._combine_shared if shared else self._combine
+        combine = functools.partial(self._combine_shared if shared else self._combine, finish=finish)
+        handles: list[Any] = []
         try:
             if in_backward:
-                handles = [
-                    tensor.register_hook(lambda g, i=i: combine(i, prior[i], g, finish))
-                    for i, tensor in enumerate(self.space.tensors)
-                ]
+                for i, tensor in enumerate(self.space.tensors):
+                    hook = functools.partial(combine, i, prior[i])
+                    handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
             result = self._run_at_perturbed(run_pass, measure=True)
         except BaseException:
             self._put_gradients(prior)
@@ -117,22 +117,13 @@ class SharpnessAwareStep(Generic[Result]):
         finally:
             for handle in handles:
                 handle.remove()
-        self._finish_gradients(prior, combine, finish, in_backward)
+        self._put_gradients(
+            [
+                tensor.grad if in_backward and tensor.grad is not None else combine(i, prior[i], tensor.grad)
+                for i, tensor in enumerate(self.space.tensors)
+            ]
+        )
         return result
-
-    def _finish_gradients(
-        self,
-        prior: Gradients,
-        combine: Callable[[int, Tensor | None, Tensor | None, bool], Tensor | None],
-        finish: bool,
-        in_backward: bool,
-    ) -> None:
-        """Combine the gradients that no hook combined; all or nothing, as an interrupt may come between two."""
-        combined = [
-            tensor.grad if in_backward and tensor.grad is not None else combine(i, prior[i], tensor.grad, finish)
-            for i, tensor in enumerate(self.space.tensors)
-        ]
-        self._put_gradients(combined)
 
     # -- the descent gradient --------------------------------------------------------------------------------------
 
@@ -288,10 +279,10 @@ def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 def _running_mean(mean: Tensor | None, gradient: Tensor | None, count: int) -> Tensor | None:
     """Mean of `count` gradients, extended by one; a missing gradient counts as 0."""
-    if count == 0 or (mean is None and gradient is None):
+    if count == 0:
         return gradient
-    if mean is None:
-        return gradient / (count + 1)  # type: ignore[operator]
     if gradient is None:
-        return mean * (count / (count + 1))
+        return None if mean is None else mean * (count / (count + 1))
+    if mean is None:
+        return gradient / (count + 1)
     return mean + (gradient - mean) / (count + 1)

@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("fairseq", reason="the adapter's tests need fairseq; core and analysis are tested without it")
 
-import fairseq_sam  # noqa: E402, F401
-from tests.adapter import runs  # noqa: E402
+import fairseq_sam  # noqa: F401
+from tests.adapter import runs
 
 
 @pytest.fixture(scope="session")

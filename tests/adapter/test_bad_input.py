@@ -54,7 +54,9 @@ def test_good_flags_reach_the_data():
         tasks.setup_task(runs.configuration(run_flags()).task)
 
 
-@pytest.mark.parametrize("flags", [["--sam-granularity", "model"], ["--fp16-no-flatten-grads"], ["--memory-efficient-fp16"]])
+@pytest.mark.parametrize(
+    "flags", [["--sam-granularity", "model"], ["--fp16-no-flatten-grads"], ["--memory-efficient-fp16"]]
+)
 def test_what_flat_fp16_asks_for_is_accepted(flags):
     check_config(runs.configuration(run_flags("--fp16", *flags)))
 

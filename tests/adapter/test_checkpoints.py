@@ -26,7 +26,7 @@ def run_flags(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_resume_is_exact(translation_data, tmp_path, preset):
-    """12 updates equal 6 updates, a new process's worth of state, and 6 more: weights, optimizer, method, bit for bit."""
+    """12 updates equal 6 updates, a resume and 6 more, bit for bit: weights, optimizer state, method state."""
     whole = runs.train(translation_data, tmp_path / "whole", *run_flags(preset), "--max-update", "12")
     runs.train(translation_data, tmp_path / "parts", *run_flags(preset), "--max-update", "6")
     resumed = runs.train(translation_data, tmp_path / "parts", *run_flags(preset), "--max-update", "12")
@@ -112,7 +112,7 @@ def test_classes_of_a_checkpoint_after_bleu_validation(saved, tmp_path):
 def test_resume_of_a_base_run_asks_for_reset_optimizer(translation_data, tmp_path):
     runs.train(translation_data, tmp_path, *runs.TRANSLATION, "--optimizer", "adam", "--max-update", "2")
     more = [*runs.TRANSLATION, "--optimizer", "sam", "--max-update", "4"]
-    with pytest.raises(AssertionError, match="--reset-optimizer.*FairseqAdam vs SamOptimizer"):
+    with pytest.raises(AssertionError, match=r"--reset-optimizer.*FairseqAdam vs SamOptimizer"):
         runs.train(translation_data, tmp_path, *more)
     state = runs.train(translation_data, tmp_path, *more, "--reset-optimizer", "--reset-dataloader")
     assert state["optimizer_history"][-1]["optimizer_name"] == "SamOptimizer"

@@ -26,7 +26,9 @@ def one_step(data, *options):
         seen.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
         result = original(*args, **kwargs)
         losses.append(float(result[0]))
-        gradients.update({name: p.grad.clone() for name, p in trainer.model.named_parameters()} if not gradients else {})
+        gradients.update(
+            {name: p.grad.clone() for name, p in trainer.model.named_parameters()} if not gradients else {}
+        )
         return result
 
     trainer.task.train_step = train_step

@@ -26,15 +26,15 @@ def gradient_at(trainer, at, batches):
     """Summed gradient and sample size of micro-batches at other weights, without p.grad and without the seam."""
     model, criterion = trainer.model.train(), trainer.criterion
     total, size = {name: torch.zeros_like(w) for name, w in at.items()}, 0
+
+    class Proxy(torch.nn.Module):
+        get_normalized_probs = model.get_normalized_probs
+        get_targets = model.get_targets
+
+        def forward(self, **inputs):
+            return torch.func.functional_call(model, leaves, (), inputs)
+
     for sample in batches:
-
-        class Proxy(torch.nn.Module):
-            def forward(self, **inputs):
-                return torch.func.functional_call(model, leaves, (), inputs)
-
-            get_normalized_probs = model.get_normalized_probs
-            get_targets = model.get_targets
-
         leaves = {name: w.clone().requires_grad_(True) for name, w in at.items()}
         loss, sample_size, _ = criterion(Proxy(), sample)
         for name, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True):
@@ -109,7 +109,18 @@ def test_epsilon_zero_equals_the_base_bit_for_bit(translation_data, preset, scop
     states = []
     for optimizer in (
         ["--optimizer", "adam"],
-        ["--optimizer", preset, "--sam-epsilon", "0", "--sam-steps", "3", "--sam-scope", scope, "--sam-dropout", dropout],
+        [
+            "--optimizer",
+            preset,
+            "--sam-epsilon",
+            "0",
+            "--sam-steps",
+            "3",
+            "--sam-scope",
+            scope,
+            "--sam-dropout",
+            dropout,
+        ],
     ):
         trainer, batches = runs.build_trainer(
             translation_data, *runs.TRANSLATION, *optimizer, "--adam-betas", "(0.9, 0.98)", "--clip-norm", "0.1"

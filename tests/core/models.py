@@ -66,8 +66,12 @@ def groups_of(model: nn.Module, granularity: str) -> np.ndarray:
         elif granularity == "tensor":
             numbers.append(np.full(size, start))
         elif granularity == "layer":
-            numbers.append(np.full(size, sorted({n.rpartition(".")[0] for n, _ in model.named_parameters()}).index(
-                name.rpartition(".")[0])))
+            numbers.append(
+                np.full(
+                    size,
+                    sorted({n.rpartition(".")[0] for n, _ in model.named_parameters()}).index(name.rpartition(".")[0]),
+                )
+            )
         else:
             numbers.append(np.zeros(size, dtype=int))
         start += size

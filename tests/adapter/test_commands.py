@@ -1,0 +1,163 @@
+"""fairseq's own commands, as a user types them: train, hydra-train, generate, eval-lm, validate, resume, the logs."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.adapter import runs
+
+pytestmark = pytest.mark.slow
+
+
+def fairseq(command, *arguments, cwd=None):
+    done = subprocess.run(
+        [sys.executable, "-m", f"fairseq_cli.{command}", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def records(output, tag):
+    found = (re.search(rf"\| {tag} \| (\{{.*\}})", line) for line in output.splitlines())
+    return [json.loads(match.group(1)) for match in found if match]
+
+
+def flags_of(folder):
+    return [
+        "--user-dir", runs.PLUGIN, "--cpu", "--num-workers", "0", *runs.TRANSLATION,
+        "--optimizer", "ga_sam", "--base-optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--sam-epsilon", "0.9",
+        "--sam-norm", "linf", "--sam-steps", "2", "--sam-gradient", "sum", "--sam-start-epoch", "2", "--lr", "0.003",
+        "--max-tokens", "400", "--max-epoch", "4", "--save-dir", folder, "--log-format", "json", "--log-interval", "2",
+        "--seed", "1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(translation_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, fairseq("train", translation_data, *flags_of(folder))
+
+
+def test_train_logs_what_the_architecture_promises(trained):
+    _, output = trained
+    epochs = records(output, "train")
+    assert [epoch["train_sam_passes"] for epoch in epochs] == ["1", "3", "3", "3"]
+    for key in ("sam_gnorm", "sam_eps", "sam_sharp", "sam_skipped", "sam_capped"):
+        assert f"train_{key}" not in epochs[0] and float(epochs[1][f"train_{key}"]) >= 0
+    assert float(epochs[1]["train_sam_eps"]) > 0 and float(epochs[1]["train_sam_sharp"]) > 0
+    assert "sam_sharp" in records(output, "train_inner")[-1]
+    losses = [float(epoch["train_loss"]) for epoch in epochs]
+    assert losses[-1] < losses[0]
+
+
+def test_resume_from_the_command_line(trained, translation_data, tmp_path):
+    """A new process continues from the checkpoint under the safe loader, and ends with the weights of the whole run."""
+    folder, _ = trained
+    shutil.copy(folder / "checkpoint2.pt", tmp_path / "checkpoint_last.pt")
+    fairseq("train", translation_data, *flags_of(tmp_path))
+    whole, resumed = (torch.load(path / "checkpoint_last.pt") for path in (folder, tmp_path))
+    assert runs.same_bits(whole["model"], resumed["model"])
+    assert runs.same_state(whole["last_optimizer_state"], resumed["last_optimizer_state"])
+
+
+def test_generate_with_the_averaged_model(trained, translation_data):
+    folder, _ = trained
+    script = str(runs.ROOT / "scripts" / "average_checkpoints.py")
+    average = folder / "average.pt"
+    subprocess.run(
+        [sys.executable, script, "--inputs", str(folder), "--num-epoch-checkpoints", "2", "--output", str(average)],
+        check=True,
+    )
+    output = fairseq(
+        "generate", translation_data, "--user-dir", runs.PLUGIN, "--path", average, "--beam", 2, "--cpu",
+        # fairseq drops a last batch that is no multiple of this (8 by default): six of the 30 sentences.
+        "--required-batch-size-multiple", 1,
+    )  # fmt: skip
+    assert len(re.findall(r"^H-\d+\t", output, re.M)) == 30
+    assert "Generate test with beam=2: BLEU4" in output
+
+
+def test_validate(trained, translation_data):
+    folder, _ = trained
+    output = fairseq(
+        "validate", translation_data, "--user-dir", runs.PLUGIN, "--path", folder / "checkpoint_last.pt", "--cpu",
+        "--valid-subset", "valid", "--max-tokens", 400, "--task", "translation",
+    )  # fmt: skip
+    assert "loss" in output
+
+
+def test_language_model_train_and_eval_lm(language_model_data, tmp_path):
+    fairseq(
+        "train", language_model_data, "--user-dir", runs.PLUGIN, "--cpu", "--num-workers", "0", "--task",
+        "language_modeling", "--tokens-per-sample", "32", "--arch", "lstm_lm", "--decoder-embed-dim", "16",
+        "--decoder-hidden-size", "16", "--decoder-out-embed-dim", "16", "--optimizer", "multistep_defense",
+        "--base-optimizer", "sgd", "--momentum", "0.5", "--lr", "1.0", "--clip-norm", "0.25", "--max-tokens", "400",
+        "--max-epoch", "2", "--save-dir", tmp_path, "--sam-epsilon", "1e-3",
+    )  # fmt: skip
+    output = fairseq(
+        "eval_lm", language_model_data, "--user-dir", runs.PLUGIN, "--path", tmp_path / "checkpoint_last.pt", "--cpu",
+        "--gen-subset", "test", "--max-tokens", 400,
+    )  # fmt: skip
+    assert re.search(r"Perplexity: \d+", output)
+
+
+YAML = """
+common: {{user_dir: {plugin}, cpu: true, seed: 1, log_format: json, log_interval: 2}}
+task: {{_name: translation, data: {data}, source_lang: src, target_lang: tgt}}
+model:
+  _name: transformer
+  dropout: 0.0
+  share_decoder_input_output_embed: true
+  encoder: {{embed_dim: 16, ffn_embed_dim: 24, layers: 1, attention_heads: 2}}
+  decoder: {{embed_dim: 16, ffn_embed_dim: 24, layers: 1, attention_heads: 2}}
+criterion: {{_name: label_smoothed_cross_entropy, label_smoothing: 0.1}}
+optimizer:
+  _name: ga_sam
+  base_optimizer: {base}
+  {own}
+  sam_epsilon: 1e-3
+  sam_norm: linf
+  sam_steps: 2
+lr_scheduler: {{_name: fixed}}
+dataset: {{max_tokens: 400, num_workers: 0}}
+optimization: {{lr: [0.003], max_epoch: 1}}
+checkpoint: {{save_dir: {save}}}
+distributed_training: {{distributed_world_size: 1}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "group"),
+    [
+        ("adam", "adam_betas: '(0.9, 0.98)'", {"betas": (0.9, 0.98)}),
+        ("adam", "adam_betas: [0.9, 0.98]", {"betas": (0.9, 0.98)}),
+        ("sgd", "momentum: 0.7", {"momentum": 0.7}),
+    ],
+)
+def test_hydra_train_from_yaml(translation_data, tmp_path, base, own, group):
+    values = {"plugin": runs.PLUGIN, "data": translation_data, "save": tmp_path / "save", "base": base, "own": own}
+    (tmp_path / "translate.yaml").write_text(YAML.format(**values))
+    output = fairseq("hydra_train", "--config-dir", tmp_path, "--config-name", "translate", cwd=tmp_path)
+    log = output + "".join(path.read_text() for path in tmp_path.rglob("hydra_train.log"))
+    assert "train_sam_passes" in log
+    state = torch.load(tmp_path / "save" / "checkpoint_last.pt")
+    assert state["cfg"]["optimizer"]["_name"] == "ga_sam" and state["cfg"]["optimizer"]["sam_epsilon"] == 1e-3
+    found = state["last_optimizer_state"]["param_groups"][0]
+    assert all(tuple(found[key]) == value if isinstance(value, tuple) else found[key] == value
+               for key, value in group.items())  # fmt: skip
+
+
+def test_hydra_train_refuses_bad_values_before_data(tmp_path):
+    values = {"plugin": runs.PLUGIN, "data": "/nowhere", "save": tmp_path, "base": "adam", "own": "sam_interval: 0"}
+    (tmp_path / "translate.yaml").write_text(YAML.format(**values))
+    done = subprocess.run(
+        [sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(tmp_path), "--config-name", "translate"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "interval (--sam-interval) must be an integer >= 1, got 0" in done.stderr + done.stdout

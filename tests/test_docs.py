@@ -1,0 +1,53 @@
+"""Registry, cards, test cases and README agree; the README's commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fairseq_sam import PRESETS
+from fairseq_sam import __doc__ as table_of_contents
+from tests.core.models import SETTINGS
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
+SECTIONS = ("How to use", "Suggested settings", "Details", "Where it does not help", "Source")
+
+
+def test_registry_cards_and_test_cases_agree():
+    assert set(CARDS) == set(PRESETS) == set(SETTINGS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_card_states_the_preset(name):
+    card, method = CARDS[name], PRESETS[name]
+    assert all(f"**{section}.**" in card for section in SECTIONS)
+    norm = "L∞" if method.norm == float("inf") else "L2"
+    exponent = re.sub(r"e-0", "e-", f"{method.epsilon:g}")
+    assert f"| scale, granularity | `{method.scale}`, `{method.granularity}` |" in card
+    assert f"| norm, ε, K | {norm}, {exponent}, {method.steps} |" in card.replace("0.0005", "5e-4").replace(
+        "0.0001", "1e-4"
+    )
+    assert f"| descent | `{method.descent}` |" in card
+    assert f"| passes per update | {method.passes}" in card
+
+
+def test_every_method_is_in_readme_and_table_of_contents():
+    readme = (ROOT / "README.md").read_text()
+    for name in PRESETS:
+        assert f"docs/methods/{name}.md" in readme and f"``{name}``" in table_of_contents
+
+
+def test_links_point_to_files():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
+
+
+def test_every_flag_is_documented():
+    pytest.importorskip("fairseq", reason="the flags are declared at fairseq's edge")
+    from fairseq_sam.adapter.optimizers import SAM_FLAGS
+
+    flags = (ROOT / "docs" / "flags.md").read_text()
+    for name, _, _ in SAM_FLAGS:
+        assert f"`--sam-{name.replace('_', '-')}`" in flags
