@@ -83,7 +83,7 @@ class Grammar:
             source.append(adverb.source)
             target.insert(0, adverb.target)
         target += ["ne" if negated else "", self._verb_form(verb, tense, subject)]
-        return " ".join(filter(None, source)) + " .", " ".join(filter(None, target)) + " ."
+        return " ".join(filter(None, source)) + ".", " ".join(filter(None, target)) + "."
 
     def _verb_form(self, verb: Word, tense: str, subject: Phrase) -> str:
         return verb.target + tense + VERB_ENDINGS[subject.noun_class][subject.plural]
@@ -148,7 +148,7 @@ def sentence_pairs(count: int, seed: int = 1) -> list[tuple[str, str]]:
         seed: seed of lexicon and sentences.
 
     Returns:
-        Pairs of a source and a target sentence, tokens separated by spaces.
+        Pairs of a source and a target sentence.
     """
     grammar, rng = build_grammar(seed), random.Random(seed + 1)
     pairs: dict[str, str] = {}

@@ -155,7 +155,10 @@ def base_config(cfg: Any) -> Any:
     given = {key: getattr(cfg, key, None) for key in base_flags(name)}
     values = {key: value for key, value in given.items() if value is not None}
     if name in OPTIMIZER_DATACLASS_REGISTRY:
-        return OmegaConf.create({"_name": name, **values})
+        config = OmegaConf.create({"_name": name, **values})
+        if isinstance(cfg, DictConfig):  # the base's groups may refer to other sections, such as ${common.tpu}
+            config._set_parent(cfg._get_parent())
+        return config
     for key, (_, declared) in base_flags(name).items():
         values.setdefault(key, None if declared.default is MISSING else declared.default)
     lr = list(cfg.lr) if not isinstance(cfg.lr, float) else [cfg.lr]

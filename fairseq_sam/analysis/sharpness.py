@@ -93,7 +93,7 @@ def _loss_and_gradient(
         for total_gradient, g in zip(gradients, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if g is not None:
                 total_gradient += g
-        total, weight = total + float(loss), weight + size
+        total, weight = total + float(loss.detach()), weight + size
     return _divide(total, weight), gradients
 
 
@@ -104,7 +104,7 @@ def _mean_loss(
     total, weight = 0.0, 0.0
     for batch in batches:
         loss, size = loss_sum(model, batch)
-        total, weight = total + float(loss), weight + size
+        total, weight = total + float(loss.detach()), weight + size
     return _divide(total, weight)
 
 

@@ -152,6 +152,23 @@ def test_hydra_train_from_yaml(translation_data, tmp_path, base, own, group):
                for key, value in group.items())  # fmt: skip
 
 
+def test_hydra_train_on_the_composite_optimizer(translation_data, tmp_path):
+    """Its groups exist in YAML only; they refer to other sections of the configuration."""
+    own = """groups:
+    default:
+      lr_float: 0.001
+      optimizer: {_name: adam, adam_betas: [0.9, 0.98], lr: [0.001]}
+      lr_scheduler: {_name: fixed, warmup_updates: 0, lr: [0.001]}"""
+    values = {
+        "plugin": runs.PLUGIN, "data": translation_data, "save": tmp_path / "save", "base": "composite", "own": own,
+    }  # fmt: skip
+    text = YAML.format(**values).replace("{_name: fixed}\ndataset", "{_name: pass_through}\ndataset")
+    (tmp_path / "translate.yaml").write_text(text)
+    fairseq("hydra_train", "--config-dir", tmp_path, "--config-name", "translate", cwd=tmp_path)
+    state = torch.load(tmp_path / "save" / "checkpoint_last.pt")
+    assert state["last_optimizer_state"]["sharpness_aware"]["num_ascents"] > 0
+
+
 def test_hydra_train_refuses_bad_values_before_data(tmp_path):
     values = {"plugin": runs.PLUGIN, "data": "/nowhere", "save": tmp_path, "base": "adam", "own": "sam_interval: 0"}
     (tmp_path / "translate.yaml").write_text(YAML.format(**values))

@@ -1,0 +1,48 @@
+"""Faults of fairseq that would hit our runs, mended in the smallest way. Runs without our optimizers are untouched."""
+
+import functools
+from typing import Any
+
+from fairseq.tasks import FairseqTask
+from fairseq.trainer import Trainer
+
+from fairseq_sam.core.method import PRESETS
+
+
+def resume_with_the_same_batches() -> None:
+    """Let a run that resumes after its first epoch see the batches of the uninterrupted run, once.
+
+    fairseq groups sentences into batches with the random seed of the epoch in which a process starts, and keeps them
+    for all later epochs. A process that resumes in epoch 3 therefore trains on other batches than one that began in
+    epoch 1. Here they are made as at the start of epoch 1, and then only shuffled for their epoch, as without the
+    interruption. Tasks that make new batches for each epoch are left alone.
+    """
+    original = Trainer.get_train_iterator
+    if getattr(original, "resumes_with_the_same_batches", False):
+        return
+
+    @functools.wraps(original)
+    def get_train_iterator(self: Trainer, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        if epoch == 1 or not _starts_here(self, args, kwargs):
+            return original(self, epoch, *args, **kwargs)
+        iterator = original(self, 1, *args, **kwargs)
+        dataset = self.task.dataset(self.cfg.dataset.train_subset)
+        if self.cfg.dataset.update_epoch_batch_itr or not self.task.can_reuse_epoch_itr(dataset):
+            return original(self, epoch, *args, **kwargs)
+        iterator.epoch = epoch
+        return iterator
+
+    get_train_iterator.resumes_with_the_same_batches = True  # type: ignore[attr-defined]
+    Trainer.get_train_iterator = get_train_iterator
+
+
+def _starts_here(trainer: Trainer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the training data is loaded now for a run of ours whose batches would be kept over epochs."""
+    names = ("combine", "load_dataset", "data_selector", "shard_batch_itr", "disable_iterator_cache")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return (
+        getattr(trainer.cfg.optimizer, "_name", None) in PRESETS
+        and given.get("load_dataset", True)
+        and not given.get("disable_iterator_cache", False)
+        and type(trainer.task).get_batch_iterator is FairseqTask.get_batch_iterator
+    )

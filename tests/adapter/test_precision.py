@@ -1,0 +1,88 @@
+"""Half precision: the gradient's unit, the masters, epsilon 0. On CPU where fairseq runs there, else on a GPU."""
+
+import pytest
+import torch
+
+from fairseq_sam.adapter.optimizers import unwrap
+from fairseq_sam.adapter.seam import _loss_scale, _master_weights
+from tests.adapter import runs
+
+ON_CPU = {
+    "fp16 not flat": ["--fp16", "--fp16-no-flatten-grads"],
+    "memory-efficient fp16": ["--fp16", "--memory-efficient-fp16"],
+}
+ON_GPU = {**ON_CPU, "amp": ["--amp"], "fp32": [], "fp16 flat": ["--fp16", "--sam-granularity", "model"]}
+
+
+def states(data, mode, *options, cpu=True):
+    trainer, batches = runs.build_trainer(
+        data, *runs.TRANSLATION, *mode, "--fp16-init-scale", "4", "--fp16-scale-window", "100", *options
+    )
+    for number in range(3):
+        trainer.train_step(batches[2 * number : 2 * number + 2])
+    return trainer, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", ON_CPU)
+@pytest.mark.parametrize("scope", ["microbatch", "update"])
+def test_epsilon_zero(translation_data, mode, scope):
+    _, plain = states(translation_data, ON_CPU[mode], "--optimizer", "adam")
+    zero = ("--optimizer", "ga_sam", "--sam-epsilon", "0", "--sam-steps", "2", "--sam-scope", scope)
+    _, found = states(translation_data, ON_CPU[mode], *zero)
+    assert all(w.dtype == torch.float16 for w in plain.values())
+    assert runs.same_bits(plain, found)
+
+
+@pytest.mark.parametrize("mode", ON_CPU)
+def test_the_gradient_is_unscaled_for_the_scale(translation_data, mode):
+    """The same perturbation whatever the loss scale: T = 1 / ||g|| sees the unscaled gradient."""
+    norms = []
+    for scale in ("4", "64"):
+        trainer, batches = runs.build_trainer(
+            translation_data, *runs.TRANSLATION, *ON_CPU[mode], "--fp16-init-scale", scale, "--optimizer", "ga_sam",
+            "--sam-norm", "linf", "--dropout", "0",
+        )  # fmt: skip
+        assert _loss_scale(trainer.optimizer) == float(scale)
+        from fairseq.logging import metrics
+
+        with metrics.aggregate(new_root=True) as logged:
+            trainer.train_step(batches[:1])
+        norms.append(logged.get_smoothed_values()["sam_gnorm"])
+    assert norms[0] == pytest.approx(norms[1], rel=2e-2)
+
+
+def test_masters_belong_to_their_parameters(translation_data):
+    trainer, _ = runs.build_trainer(translation_data, *runs.TRANSLATION, *ON_CPU["fp16 not flat"], "--optimizer", "sam")
+    assert unwrap(trainer.optimizer) is trainer.optimizer.fp32_optimizer
+    tensors = list(trainer.model.parameters())
+    masters = _master_weights(trainer.optimizer, tensors)
+    assert len(masters) == len(tensors)
+    for master, tensor in zip(masters, tensors, strict=True):
+        assert master.dtype == torch.float32 and torch.equal(master.half(), tensor.detach())
+
+
+def test_flat_masters_are_cut_in_the_parameters_order():
+    from fairseq.optim import FP16Optimizer
+
+    holder = object.__new__(FP16Optimizer)
+    holder.fp16_params = [torch.nn.Parameter(torch.full((2, 3), 1.0)), torch.nn.Parameter(torch.full((4,), 2.0))]
+    flat = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) + 0.25 for p in holder.fp16_params]))
+    holder.fp32_params = {0: flat}
+    masters = _master_weights(holder, list(reversed(holder.fp16_params)))
+    assert [m.shape for m in masters] == [(4,), (2, 3)]
+    assert (masters[0] == 2.25).all() and (masters[1] == 1.25).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: fp16, AMP and CUDA's random state need one")
+@pytest.mark.parametrize("mode", ON_GPU)
+def test_epsilon_zero_on_a_gpu(translation_data, monkeypatch, mode):
+    monkeypatch.setattr(runs, "COMMON", runs.COMMON.replace(" --cpu", ""))
+    _, plain = states(translation_data, [f for f in ON_GPU[mode] if f not in ("--sam-granularity", "model")],
+                      "--optimizer", "adam")  # fmt: skip
+    zero = ("--optimizer", "ga_sam", "--sam-epsilon", "0")
+    trainer, found = states(translation_data, ON_GPU[mode], *zero)
+    assert next(trainer.model.parameters()).is_cuda
+    assert runs.same_bits(plain, found)
+    _, moved = states(translation_data, ON_GPU[mode], "--optimizer", "ga_sam", "--sam-norm", "linf")
+    assert not runs.same_bits(plain, moved) and all(torch.isfinite(w).all() for w in moved.values())
