@@ -43,7 +43,7 @@ def translate(data_bin: Path, checkpoint: Path, flags: Sequence[str]) -> tuple[l
     """Return hypotheses and references, both tokenised, in the order of the test set."""
     output = run(
         "-m", "fairseq_cli.generate", str(data_bin), "--user-dir", PLUGIN, "--path", str(checkpoint), "--beam", "5",
-        "--max-tokens", "6000", *ALL_SENTENCES, *flags,
+        "--max-tokens", "6000", "--remove-bpe", *ALL_SENTENCES, *flags,
     )  # fmt: skip
     hypotheses = {int(n): text for n, text in re.findall(r"^H-(\d+)\t[^\t]*\t(.*)$", output, re.M)}
     # The references come from the text: in generate's own output, words outside the dictionary are <<unk>>.

@@ -3,7 +3,7 @@
 
 The corpus is the Stanford preparation (tokenised, cased, 133k pairs); tst2012 is the validation set and tst2013 the
 test set. Words seen fewer than five times in the training part become ``<unk>``, which on the whole corpus gives the
-17.2k English and 7.7k Vietnamese words of GA-SAM B.3.
+17.2k English and 7.7k Vietnamese words of GA-SAM B.3. ``--bpe`` splits words into subwords instead (subword-nmt).
 """
 
 import argparse
@@ -67,6 +67,26 @@ def write_pairs(pairs: Iterable[tuple[str, str]], prefix: Path) -> None:
         Path(f"{prefix}.{language}").write_text("\n".join(side) + "\n", encoding="utf-8")
 
 
+def split_words(text: Path, num_merges: int) -> Path:
+    """Learn byte-pair encoding on each side of the training text and apply it to all splits."""
+    from subword_nmt.apply_bpe import BPE
+    from subword_nmt.learn_bpe import learn_bpe
+
+    out = text.parent / f"bpe{num_merges}"
+    out.mkdir(exist_ok=True)
+    for language in LANGUAGES:
+        codes = out / f"codes.{language}"
+        with (text / f"train.{language}").open(encoding="utf-8") as lines, codes.open("w", encoding="utf-8") as target:
+            learn_bpe(lines, target, num_merges)
+        with codes.open(encoding="utf-8") as source:
+            encoder = BPE(source)
+        for split in SPLITS:
+            plain = (text / f"{split}.{language}").read_text(encoding="utf-8").splitlines()
+            encoded = "\n".join(encoder.process_line(line) for line in plain)
+            (out / f"{split}.{language}").write_text(encoded + "\n", encoding="utf-8")
+    return out
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,6 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; data-bin below it is for fairseq")
     parser.add_argument("--num-train", type=int, default=0, help="size of a random sample of training pairs; 0: all")
     parser.add_argument("--seed", type=int, default=1, help="seed of the sample (default 1)")
+    parser.add_argument("--bpe", type=int, default=0, metavar="MERGES", help="subwords by BPE; 0: words, as the paper")
     parser.add_argument("--workers", type=int, default=2, help="processes for fairseq-preprocess (default 2)")
     args = parser.parse_args()
     folder = args.data or (NEARBY if NEARBY.is_dir() else None)
@@ -90,10 +111,14 @@ def main() -> None:
             pairs = random.Random(args.seed).sample(pairs, args.num_train)
         print(f"{split}: {len(pairs)} pairs", flush=True)
         write_pairs(pairs, text / split)
+    if args.bpe < 0:
+        parser.error(f"--bpe must be >= 0, got {args.bpe}")
+    prepared, threshold = (split_words(text, args.bpe), "0") if args.bpe else (text, "5")
     command = [
         sys.executable, "-m", "fairseq_cli.preprocess", "--source-lang", "en", "--target-lang", "vi",
-        "--trainpref", str(text / "train"), "--validpref", str(text / "valid"), "--testpref", str(text / "test"),
-        "--thresholdsrc", "5", "--thresholdtgt", "5", "--destdir", str(args.out / "data-bin"),
+        "--trainpref", str(prepared / "train"), "--validpref", str(prepared / "valid"),
+        "--testpref", str(prepared / "test"),
+        "--thresholdsrc", threshold, "--thresholdtgt", threshold, "--destdir", str(args.out / "data-bin"),
         "--workers", str(args.workers),
     ]  # fmt: skip
     subprocess.run(command, check=True)
