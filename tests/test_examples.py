@@ -92,7 +92,12 @@ def test_train_and_evaluate(corpus, tmp_path, method):
     done = script(EN_VI / "evaluate.py", tmp_path / "data-bin", tmp_path / "run", "--average", 2, "--cpu")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["test_nll"] > 0 and 0 <= result["bleu"] <= 100 and "tok:13a" in result["signature"]
+    assert (
+        result["test_loss"] > 0
+        and result["sharpness"] > 0
+        and 0 <= result["bleu"] <= 100
+        and "tok:13a" in result["signature"]
+    )
     assert len((tmp_path / "run" / "hypotheses.vi").read_text().splitlines()) == 30
 
 

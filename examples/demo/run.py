@@ -12,11 +12,13 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,35 +238,13 @@ def score(out: Path, method: str) -> tuple[float, str]:
 
 
 def measure(out: Path, method: str) -> tuple[float, float]:
-    """Test loss (bits per token) of the averaged model, and its rise along the steepest direction."""
-    import logging
-    import math
-    import warnings
-
+    """Test loss (bits per subword) of the averaged model, and its rise along the steepest direction."""
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
-    import torch
-    from fairseq import checkpoint_utils, utils
+    from fairseq_sam.adapter.measure import checkpoint_sharpness
 
-    from fairseq_sam.analysis import ascent_sharpness
-
-    overrides = {"data": str(out / "data-bin")}
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(out / method / "averaged.pt")], overrides)
-    task.load_dataset("test")
-    batches = task.get_batch_iterator(task.dataset("test"), max_tokens=4000).next_epoch_itr(shuffle=False)
-
-    def loss_sum(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, float]:
-        output = model(**batch["net_input"])
-        log_probabilities = utils.log_softmax(output[0], dim=-1)
-        loss = torch.nn.functional.nll_loss(
-            log_probabilities.flatten(0, 1),
-            batch["target"].flatten(),
-            ignore_index=task.tgt_dict.pad(),
-            reduction="sum",
-        )
-        return loss / math.log(2), float(batch["ntokens"])
-
-    found = ascent_sharpness(models[0], list(batches), loss_sum, epsilon=SHARPNESS_RADIUS)
+    checkpoint = out / method / "averaged.pt"
+    found = checkpoint_sharpness(checkpoint, out / "data-bin", epsilon=SHARPNESS_RADIUS, cpu=True)
     return found.loss, found.sharpness
 
 

@@ -2,15 +2,18 @@
 """Evaluate a run: average its kept checkpoints, translate tst2013 with beam 5, score.
 
 Prints one row: tokenised BLEU (the preparation's own tokens, as the papers report), BLEU of the detokenised text with
-sacreBLEU's signature, and the test loss. Writes the row to SAVE_DIR/result.json.
+sacreBLEU's signature, the test loss, and its rise when the weights move 0.5 (L2) along the gradient of the test loss.
+Writes the row to SAVE_DIR/result.json.
 """
 
 import argparse
 import html
 import json
+import logging
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from sacremoses import MosesDetokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = str(ROOT / "fairseq_sam")
+sys.path.insert(0, str(ROOT))
+SHARPNESS_RADIUS = 0.5  # L2
 # fairseq drops a last batch whose size is no multiple of this, which is 8 by default: up to 7 sentences of a test set.
 ALL_SENTENCES = ("--required-batch-size-multiple", "1")
 
@@ -59,14 +64,14 @@ def detokenise(lines: Sequence[str]) -> list[str]:
     return [detokenizer.detokenize(html.unescape(line).split()) for line in lines]
 
 
-def test_loss(data_bin: Path, checkpoint: Path, flags: Sequence[str]) -> float:
-    """Cross entropy in bits per token, without label smoothing, as fairseq-validate reports it."""
-    output = run(
-        "-m", "fairseq_cli.validate", str(data_bin), "--user-dir", PLUGIN, "--path", str(checkpoint), "--task",
-        "translation", "--valid-subset", "test", "--max-tokens", "6000", "--log-format", "simple", *ALL_SENTENCES,
-        *flags,
-    )  # fmt: skip
-    return float(re.findall(r"nll_loss ([0-9.]+)", output)[-1])
+def measure(data_bin: Path, checkpoint: Path, cpu: bool) -> tuple[float, float]:
+    """Test loss in bits per token, without label smoothing, and its rise when the weights move uphill."""
+    logging.disable(logging.INFO)
+    warnings.simplefilter("ignore")
+    from fairseq_sam.adapter.measure import checkpoint_sharpness
+
+    found = checkpoint_sharpness(checkpoint, data_bin, epsilon=SHARPNESS_RADIUS, cpu=cpu)
+    return found.loss, found.sharpness
 
 
 def main() -> None:
@@ -82,16 +87,18 @@ def main() -> None:
     hypotheses, references = translate(args.data_bin, checkpoint, flags)
     (args.save_dir / "hypotheses.vi").write_text("\n".join(hypotheses) + "\n", encoding="utf-8")
     detokenised = sacrebleu.BLEU()
+    loss, sharpness = measure(args.data_bin, checkpoint, args.cpu)
     result = {
         "bleu_tokenised": sacrebleu.BLEU(tokenize="none", force=True).corpus_score(hypotheses, [references]).score,
         "bleu": detokenised.corpus_score(detokenise(hypotheses), [detokenise(references)]).score,
-        "test_nll": test_loss(args.data_bin, checkpoint, flags),
+        "test_loss": loss,
+        "sharpness": sharpness,
         "signature": str(detokenised.get_signature()),
     }
     (args.save_dir / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"BLEU {result['bleu']:.2f} (tokenised {result['bleu_tokenised']:.2f}), "
-        f"test loss {result['test_nll']:.3f} bits per token, {result['signature']}"
+        f"test loss {loss:.3f} bits per token, sharpness {sharpness:.3f}, {result['signature']}"
     )
 
 
