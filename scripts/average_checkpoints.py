@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--checkpoint-upper-bound", type=int, help="highest epoch (or update) to take")
     args = parser.parse_args()
 
+    import pickle
+
     import torch
 
     from fairseq_sam.adapter.checkpoints import average_weights, last_checkpoints
@@ -36,6 +38,10 @@ def main() -> None:
             if args.checkpoint_upper_bound is not None:
                 parser.error("--checkpoint-upper-bound needs --num-epoch-checkpoints or --num-update-checkpoints")
             paths = args.inputs
+            if any(path.is_dir() for path in paths):
+                parser.error(
+                    "--inputs is a folder: say how many with --num-epoch-checkpoints or --num-update-checkpoints"
+                )
         elif len(args.inputs) == 1 and args.inputs[0].is_dir():
             paths = last_checkpoints(
                 args.inputs[0],
@@ -46,7 +52,8 @@ def main() -> None:
         else:
             parser.error(f"with a number of checkpoints, --inputs must be one folder, got {len(args.inputs)} paths")
         state = average_weights(paths)
-    except (ValueError, OSError) as error:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise SystemExit(f"error: {error}") from error
     torch.save(state, args.output)
     print(f"averaged {len(paths)} checkpoints into {args.output}: " + ", ".join(path.name for path in paths))

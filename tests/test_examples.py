@@ -62,8 +62,8 @@ def test_prepare_takes_all_pairs_but_the_half_empty_ones_and_samples_by_seed(cor
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--num-train", "401"), "--num-train must be in 1..400, got 401"),
-        (("--num-train", "-1"), "--num-train must be in 1..400, got -1"),
+        (("--num-train", "401"), "--num-train must be in 0..400 (0: all), got 401"),
+        (("--num-train", "-1"), "--num-train must be in 0..400 (0: all), got -1"),
         (("--bpe", "-5"), "--bpe must be >= 0, got -5"),
         (("--data", "/nowhere"), "--data /nowhere is not a folder"),
     ],

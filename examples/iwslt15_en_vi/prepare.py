@@ -107,7 +107,7 @@ def main() -> None:
         pairs = read_pairs(folder, split, args.out / "download")
         if split == "train" and args.num_train:
             if not 0 < args.num_train <= len(pairs):
-                parser.error(f"--num-train must be in 1..{len(pairs)}, got {args.num_train}")
+                parser.error(f"--num-train must be in 0..{len(pairs)} (0: all), got {args.num_train}")
             pairs = random.Random(args.seed).sample(pairs, args.num_train)
         print(f"{split}: {len(pairs)} pairs", flush=True)
         write_pairs(pairs, text / split)

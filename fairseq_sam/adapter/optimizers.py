@@ -286,13 +286,22 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state with the method's beside it."""
-        own = {"num_ascents": self.num_ascents, "num_skipped": self.num_skipped}
+        own = {"base": self.cfg.base_optimizer, "num_ascents": self.num_ascents, "num_skipped": self.num_skipped}
         return {**self.base.state_dict(), STATE_KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
-        """Load a state of this class, or one that the base alone wrote (the method then starts anew)."""
+        """Load a state of this class, or one that the base alone wrote (the method then starts anew).
+
+        Raises:
+            ValueError: if the state is that of another base optimizer.
+        """
         base_state = {key: value for key, value in state_dict.items() if key != STATE_KEY}
         own = state_dict.get(STATE_KEY, {})
+        if own.get("base", self.cfg.base_optimizer) != self.cfg.base_optimizer:
+            raise ValueError(
+                f"the checkpoint's optimizer state is that of --base-optimizer {own['base']}, but --base-optimizer is "
+                f"{self.cfg.base_optimizer}; use the same one, or start the optimizer anew with --reset-optimizer"
+            )
         self.num_ascents = own.get("num_ascents", 0)
         self.num_skipped = own.get("num_skipped", 0)
         self.base.load_state_dict(base_state, optimizer_overrides)

@@ -125,8 +125,9 @@ class SharpnessAwareTrainStep:
 
     def _share_perturbation(self, run_pass: Callable[..., Pass]) -> tuple[Any, Any, Any]:
         if self._index == 0:
-            self._step = SharpnessAwareStep(self._optimizer.method, self._space())
-            self._clean = self._step.ascend(functools.partial(self._run_all, run_pass), self._reduce)
+            step: SharpnessAwareStep[Any] = SharpnessAwareStep(self._optimizer.method, self._space())
+            self._clean = step.ascend(functools.partial(self._run_all, run_pass), self._reduce)
+            self._step = step
         if self._step is None:  # the ascent ran out of memory; fairseq goes on with the next micro-batch
             return run_pass()
         last = self._step.descend(

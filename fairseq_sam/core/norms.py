@@ -27,8 +27,8 @@ def vector_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 
 def _plain_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
-    norms = torch._foreach_norm(list(tensors), p)
-    joined = torch.stack([norm.to(tensors[0].device, torch.float64) for norm in norms])
+    norms = torch._foreach_norm(list(tensors), p, dtype=torch.float64)
+    joined = torch.stack([norm.to(tensors[0].device) for norm in norms])
     result: Tensor = torch.linalg.vector_norm(joined, p)
     return result
 

@@ -56,7 +56,8 @@ SCALES: dict[str, Scale] = {
 
 def _tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
     """2-norm of each tensor, in float64: a vector of length ``len(tensors)``."""
-    return torch.stack([norm.to(tensors[0].device, torch.float64) for norm in torch._foreach_norm(list(tensors))])
+    norms = torch._foreach_norm(list(tensors), dtype=torch.float64)
+    return torch.stack([norm.to(tensors[0].device) for norm in norms])
 
 
 def _group_norms(tensors: Sequence[Tensor], granularity: str, layers: Sequence[int]) -> list[Tensor]:

@@ -53,8 +53,11 @@ class SharpnessAware:
         self.last_step = Measurements()
         self.sharpness: Loss | None = None
         self._model = model
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        ParameterSpace.of({"": model}, parameters=parameters, exclude=self.method.exclude)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("optimizer must take one gradient per step, got LBFGS, which evaluates the loss by itself")
+        self._space()
+        # Counted where the base optimizer steps, so that GradScaler.step(sam.optimizer) counts as well.
+        optimizer.register_step_post_hook(self._count_update)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -67,13 +70,16 @@ class SharpnessAware:
         Raises:
             ValueError: if `epoch` is below 1.
         """
-        if epoch < 1:
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1:
             raise ValueError(f"epoch must be an integer >= 1, got {epoch!r}")
         self.epoch = epoch
 
-    def zero_grad(self) -> None:
+    def _count_update(self, *_: Any) -> None:
+        self.num_updates += 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the base optimizer's parameters."""
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def step(self, closure: Callable[[], Loss], *, sample_size: float = 1.0, loss_scale: float = 1.0) -> Loss:
         """Clear gradients, compute the method's gradient, and let the base optimizer step.
@@ -96,7 +102,14 @@ class SharpnessAware:
         """Add the method's gradient of one micro-batch to ``p.grad``; see ``step`` for the arguments.
 
         For gradient accumulation: ``zero_grad``, then ``accumulate`` for each micro-batch, then ``apply``.
+
+        Raises:
+            ValueError: if `sample_size` or `loss_scale` is not positive.
+            TypeError: if the closure does not return its loss.
         """
+        for name, value in (("sample_size", sample_size), ("loss_scale", loss_scale)):
+            if not value > 0:
+                raise ValueError(f"{name} must be a number > 0, got {value!r}")
         if not self.method.is_active(self.epoch, self.num_updates):
             self.last_step, self.sharpness = Measurements(num_passes=1), None
             return closure()
@@ -106,6 +119,8 @@ class SharpnessAware:
         def run_pass() -> Loss:
             with torch.enable_grad():
                 loss = closure()
+            if not isinstance(loss, Tensor | float | int):
+                raise TypeError(f"the closure must return the loss, a tensor or a number, got {type(loss).__name__}")
             return loss.detach() if isinstance(loss, Tensor) else loss
 
         def ascent_gradient(gradients: Gradients, _: Loss) -> tuple[Gradients, float]:
@@ -118,9 +133,11 @@ class SharpnessAware:
         return clean
 
     def apply(self) -> None:
-        """Let the base optimizer step with the gradients in ``p.grad``."""
+        """Let the base optimizer step with the gradients in ``p.grad``.
+
+        With a gradient scaler, call ``scaler.step(sam.optimizer)`` and ``scaler.update()`` instead.
+        """
         self.optimizer.step()
-        self.num_updates += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state and the method's: what a resumed run needs to continue exactly."""

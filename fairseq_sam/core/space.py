@@ -17,6 +17,7 @@ class ParameterSpace:
         layers: for each parameter, the number of the module that owns it directly.
         perturbed: for each parameter, whether the ascent may move it.
         masters: for each parameter, the tensor in higher precision that the optimizer updates, or None.
+        buffers: the modules' buffers.
     """
 
     names: tuple[str, ...]
@@ -24,6 +25,7 @@ class ParameterSpace:
     layers: tuple[int, ...]
     perturbed: tuple[bool, ...]
     masters: tuple[Tensor | None, ...]
+    buffers: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(
@@ -46,7 +48,7 @@ class ParameterSpace:
             The space, in the order of the modules' parameters.
 
         Raises:
-            ValueError: if no parameter is left, or `masters` does not fit.
+            ValueError: if no parameter is left to train or to perturb, or `masters` does not fit.
         """
         wanted = None if parameters is None else {id(parameter): parameter for parameter in parameters}
         rows: dict[int, tuple[str, nn.Parameter, int]] = {}
@@ -68,4 +70,8 @@ class ParameterSpace:
             raise ValueError(f"expected {len(tensors)} masters with the parameters' shapes, got {len(masters)}")
         pattern = re.compile(exclude) if exclude else None
         perturbed = tuple(pattern is None or not pattern.search(name) for name in names)
-        return cls(names, tensors, layers, perturbed, tuple(masters) if masters is not None else (None,) * len(names))
+        if not any(perturbed):
+            raise ValueError(f"exclude (--sam-exclude) must leave a parameter to perturb, but {exclude!r} matches all")
+        upper = tuple(masters) if masters is not None else (None,) * len(names)
+        buffers = tuple(buffer for root in modules.values() for buffer in root.buffers())
+        return cls(names, tensors, layers, perturbed, upper, buffers)

@@ -45,7 +45,8 @@ class SharpnessAwareStep(Generic[Result]):
 
     ``ascend`` finds the perturbation from K passes; ``descend`` runs the last pass at the perturbed weights, once for
     each micro-batch that shares the perturbation, and leaves the descent gradient in ``p.grad``, added to what was
-    there. Outside a pass the weights are always the unperturbed ones, bit for bit, also after an exception.
+    there. Outside a pass the weights are always the unperturbed ones, bit for bit, also after an exception. Buffers,
+    such as BatchNorm's statistics, end as the first pass, at the unperturbed weights, left them.
 
     Args:
         method: the method.
@@ -57,8 +58,11 @@ class SharpnessAwareStep(Generic[Result]):
         self.space = space
         self.measured = Measurements()
         self._random = RandomState(tensor.device for tensor in space.tensors)
-        self._backup = [tensor.detach().clone() for tensor in space.tensors]
+        self._backup = _clone(space.tensors)
+        self._buffers = _clone(space.buffers)
+        self._clean_buffers = self._buffers
         self._mean: Gradients = [None] * len(space.tensors)
+        self._num_in_mean = 0
         self._active: list[int] = []  # parameters that have an ascent gradient and may move
         self._transformed: list[Tensor] = []  # T^-1 a of the active parameters
         self._scale = ScaleOperator([], 0)
@@ -81,10 +85,14 @@ class SharpnessAwareStep(Generic[Result]):
                 result = self._run_at_perturbed(run_pass)
                 first = first or [result]
                 gradients = self._take_gradients()
-                self._update_mean(gradients, k)
-                self._advance(*ascent_gradient(gradients, result))
+                is_finite = self._advance(*ascent_gradient(gradients, result))
+                if is_finite or k == 0:  # what goes wrong at w must reach the base optimizer and the loss scaler
+                    self._update_mean(gradients)
+                if k == 0:
+                    self._clean_buffers = _clone(self.space.buffers)
         finally:
             self._put_gradients(prior)
+            _copy_(self.space.buffers, self._buffers)
         self._random.restore()
         return first[0]
 
@@ -103,16 +111,18 @@ class SharpnessAwareStep(Generic[Result]):
             What the pass returned.
         """
         prior = self._take_gradients()
+        raw: Gradients = [None] * len(prior)
         combine = functools.partial(self._combine_shared if shared else self._combine, finish=finish)
         handles: list[Any] = []
         try:
             if in_backward:
                 for i, tensor in enumerate(self.space.tensors):
-                    hook = functools.partial(combine, i, prior[i])
+                    hook = functools.partial(self._combine_in_backward, i, tensor, raw, prior, combine)
                     handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
             result = self._run_at_perturbed(run_pass, measure=True)
         except BaseException:
             self._put_gradients(prior)
+            _copy_(self.space.buffers, self._buffers)
             raise
         finally:
             for handle in handles:
@@ -123,19 +133,22 @@ class SharpnessAwareStep(Generic[Result]):
                 for i, tensor in enumerate(self.space.tensors)
             ]
         )
+        _copy_(self.space.buffers, self._clean_buffers)
         return result
 
     # -- the descent gradient --------------------------------------------------------------------------------------
 
-    def _update_mean(self, gradients: Gradients, k: int) -> None:
+    def _update_mean(self, gradients: Gradients) -> None:
         """Running mean of g_0 .. g_k. Equal gradients leave it bit for bit as it is, whatever K."""
         if self.method.descent == "mean":
-            self._mean = [_running_mean(m, g, k) for m, g in zip(self._mean, gradients, strict=True)]
+            count = self._num_in_mean
+            self._mean = [_running_mean(m, g, count) for m, g in zip(self._mean, gradients, strict=True)]
+            self._num_in_mean += 1
 
     def _with_mean(self, i: int, gradient: Tensor | None) -> Tensor | None:
         if self.method.descent != "mean":
             return gradient
-        return _running_mean(self._mean[i], gradient, self.method.steps)
+        return _running_mean(self._mean[i], gradient, self._num_in_mean)
 
     def _combine(self, i: int, prior: Tensor | None, gradient: Tensor | None, finish: bool) -> Tensor | None:
         """Earlier micro-batches' gradient plus this micro-batch's descent gradient, as plain accumulation adds."""
@@ -145,6 +158,23 @@ class SharpnessAwareStep(Generic[Result]):
         """Descent gradient of the whole update, once its last micro-batch is in."""
         accumulated = _add(prior, gradient)
         return self._with_mean(i, accumulated) if finish else accumulated
+
+    def _combine_in_backward(
+        self,
+        i: int,
+        tensor: Tensor,
+        raw: Gradients,
+        prior: Gradients,
+        combine: Callable[[int, Tensor | None, Tensor | None], Tensor | None],
+        gradient: Tensor,
+    ) -> Tensor | None:
+        """Turn the gradient that backward is about to accumulate into all that ``p.grad`` shall hold.
+
+        A task may run backward several times in one pass; the sum so far replaces what the earlier call left.
+        """
+        raw[i] = _add(raw[i], gradient)
+        tensor.grad = None
+        return combine(i, prior[i], raw[i])
 
     def _take_gradients(self) -> Gradients:
         gradients = [tensor.grad for tensor in self.space.tensors]
@@ -159,8 +189,11 @@ class SharpnessAwareStep(Generic[Result]):
     # -- the ascent ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _advance(self, gradients: Gradients, unit: float) -> None:
-        """From ``a_{k-1}`` and ``g_{k-1}`` to ``a_k`` (GA-SAM eq. 15-16), kept as ``T^-1 a`` so that T may be 0."""
+    def _advance(self, gradients: Gradients, unit: float) -> bool:
+        """From ``a_{k-1}`` and ``g_{k-1}`` to ``a_k`` (GA-SAM eq. 15-16), kept as ``T^-1 a`` so that T may be 0.
+
+        Returns whether the gradient was finite.
+        """
         first = not self._active
         if first:
             self._active = [
@@ -172,12 +205,14 @@ class SharpnessAwareStep(Generic[Result]):
         norm = vector_norm(ascent, 2.0) * unit if ascent else torch.zeros(())
         if first:
             self.measured.gradient_norm = norm
-        if not (torch.isfinite(norm) and norm > 0):
+        is_finite = bool(torch.isfinite(norm))
+        if is_finite and norm > 0:
+            if not self._scale.factors:
+                self._build_scale(ascent, unit)
+            self._step_(ascent)
+        else:
             self._skip()
-            return
-        if not self._scale.factors:
-            self._build_scale(ascent, unit)
-        self._step_(ascent)
+        return is_finite
 
     def _ascent_tensor(self, i: int, gradient: Tensor | None) -> Tensor:
         """A copy of the gradient that may be overwritten, in float32 or better."""
@@ -259,16 +294,25 @@ class SharpnessAwareStep(Generic[Result]):
         for i, transformed, factor in zip(self._active, self._transformed, self._scale.factors, strict=True):
             perturbation = transformed if factor is None else transformed * factor
             self.space.tensors[i].data.copy_(self._anchor(i) + perturbation)
+        torch.clear_autocast_cache()  # an autocast around all passes would go on with casts of the unperturbed weights
 
-    @torch.no_grad()
     def _restore(self) -> None:
-        for tensor, backup in zip(self.space.tensors, self._backup, strict=True):
-            tensor.data.copy_(backup)
+        _copy_(self.space.tensors, self._backup)
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def _applied_norm(self) -> Tensor:
         moved = [self.space.tensors[i].detach().to(self._anchor(i).dtype) - self._anchor(i) for i in self._active]
         return vector_norm(moved, self.method.norm)
+
+
+def _clone(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def _copy_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.data.copy_(value)
 
 
 def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
