@@ -127,6 +127,13 @@ def test_resume_of_a_base_run_asks_for_reset_optimizer(translation_data, tmp_pat
     assert state["optimizer_history"][-1]["optimizer_name"] == "SamOptimizer"
 
 
+def test_another_base_on_resume_asks_for_reset_optimizer(translation_data, tmp_path):
+    runs.train(translation_data, tmp_path, *runs.TRANSLATION, "--optimizer", "sam", "--max-update", "2")
+    more = [*runs.TRANSLATION, "--optimizer", "sam", "--base-optimizer", "sgd", "--max-update", "4"]
+    with pytest.raises(ValueError, match=r"is that of --base-optimizer adam, but .* sgd.*--reset-optimizer"):
+        runs.train(translation_data, tmp_path, *more)
+
+
 def test_average(saved):
     paths = last_checkpoints(saved, 3)
     assert [path.name for path in paths] == ["checkpoint3.pt", "checkpoint2.pt", "checkpoint1.pt"]
@@ -154,6 +161,7 @@ def test_average_of_one_checkpoint_is_that_checkpoint(saved):
         (["--num-epoch-checkpoints", "0"], "must be >= 1, got 0"),
         (["--num-update-checkpoints", "1"], "expected 1 files checkpoint_<epoch>_<update>.pt"),
         (["--checkpoint-upper-bound", "2"], "needs --num-epoch-checkpoints"),
+        ([], "--inputs is a folder"),
     ],
 )
 def test_average_command_refuses(saved, tmp_path, arguments, message):
@@ -172,6 +180,13 @@ def test_average_command_with_an_upper_bound(saved, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = average_weights([saved / "checkpoint2.pt", saved / "checkpoint1.pt"])["model"]
     assert runs.same_bits(torch.load(tmp_path / "a.pt")["model"], expected)
+
+
+def test_average_command_refuses_a_broken_file(tmp_path):
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    done = average(tmp_path / "broken.pt", tmp_path / "a.pt")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert any(line.startswith("error:") for line in done.stderr.splitlines())
 
 
 def test_averaging_different_models_is_refused(saved, tmp_path):

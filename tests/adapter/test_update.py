@@ -225,10 +225,35 @@ def test_weights_are_restored_after_an_error(translation_data, monkeypatch, pres
     assert "train_step" not in vars(trainer.task), "the seam is gone after an error"
 
 
+def test_after_out_of_memory_in_a_shared_ascent_the_next_micro_batch_is_plain(translation_data, monkeypatch):
+    """fairseq with several workers goes on with the update's other micro-batches."""
+    from fairseq_sam.adapter.seam import SharpnessAwareTrainStep
+
+    trainer, batches = runs.build_trainer(translation_data, *flags("ga_sam"), "--sam-scope", "update")
+    step = SharpnessAwareTrainStep(trainer, unwrap(trainer.optimizer), batches[:2])
+    original, calls = step._task_train_step, []
+
+    def train_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA out of memory")
+        return original(*args, **kwargs)
+
+    step._task_train_step = train_step
+    arguments = (trainer.model, trainer.criterion, trainer.optimizer, 0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(batches[0], *arguments)
+    before = weights(trainer)
+    step(batches[1], *arguments)
+    assert len(calls) == 3 and runs.same_bits(before, weights(trainer))
+
+
 @pytest.mark.parametrize("failing", [1, 2, 3])
-def test_out_of_memory_is_left_to_fairseq(translation_data, monkeypatch, failing):
+@pytest.mark.parametrize("scope", ["microbatch", "update"])
+def test_out_of_memory_is_left_to_fairseq(translation_data, monkeypatch, failing, scope):
     """fairseq skips the batch; weights are those of before, and the next batch trains."""
-    trainer, batches = runs.build_trainer(translation_data, *flags("ga_sam"), "--sam-steps", "2")
+    options = ("--sam-steps", "2", "--sam-scope", scope)
+    trainer, batches = runs.build_trainer(translation_data, *flags("ga_sam"), *options)
     before, calls = weights(trainer), []
     original = type(trainer.task).train_step
 

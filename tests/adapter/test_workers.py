@@ -33,6 +33,30 @@ def run_two(data, out, backend, *flags):
     return [torch.load(out / f"{rank}.pt") for rank in range(2)], reductions
 
 
+SGD = ("--base-optimizer", "sgd", "--lr", "0.5", "--dropout", "0.0")
+UPDATES = ((0, 2, 1, 3), (4, 6, 5, 7), (8, 10, 9))  # micro-batches of both workers; the second's last one is a dummy
+
+
+def run_one(data, *flags):
+    trainer, batches = runs.build_trainer(data, *runs.TRANSLATION, *flags)
+    for numbers in UPDATES:
+        trainer.train_step([batches[number] for number in numbers])
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("scope", ["microbatch", "update"])
+def test_two_workers_equal_one_with_all_their_micro_batches(translation_data, tmp_path, scope):
+    """The same updates, perturbations included; a dummy batch does not count."""
+    flags = (*GA_SAM, *SGD, "--sam-scope", scope, "--sam-epsilon", "2e-3")
+    expected = run_one(translation_data, *flags)
+    without = run_one(translation_data, *flags, "--sam-epsilon", "0")
+    assert max(float((expected[name] - without[name]).abs().max()) for name in expected) > 1e-4
+    for backend in ("legacy_ddp", "pytorch_ddp"):
+        (found, _), _ = run_two(translation_data, tmp_path / backend, backend, *flags)
+        for name, weights in found.items():
+            torch.testing.assert_close(weights, expected[name], rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
 @pytest.mark.parametrize("scope", ["microbatch", "update"])
 def test_two_workers(translation_data, tmp_path, backend, scope):

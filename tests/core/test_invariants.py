@@ -388,3 +388,121 @@ def test_half_precision_weights_move_from_their_masters():
     expected = (master + 0.5 * gradient / 8.0).to(torch.bfloat16)
     torch.testing.assert_close(seen[1], expected, rtol=1e-2, atol=1e-2)
     assert torch.equal(model.weight, before)
+
+
+@PRESET
+def test_buffers_follow_the_clean_pass(preset):
+    """BatchNorm's statistics are those of a plain step, though K + 1 passes ran; they come back after an error too."""
+
+    def network() -> nn.Module:
+        model = mlp()
+        return nn.Sequential(model[0], nn.BatchNorm1d(6, dtype=torch.float64), *model[1:])
+
+    model, plain, data = network(), network(), batch(0)
+    sam = make(model, preset, **{**SETTINGS[preset], "steps": 2})
+    sam.step(closure_of(model, data))
+    loss_of(plain, data).backward()
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
+
+    calls = []
+
+    def failing():
+        loss = closure_of(model, batch(1))()
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("boom")
+        return loss
+
+    with pytest.raises(RuntimeError, match="boom"):
+        sam.accumulate(failing)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
+
+
+def test_autocast_around_the_step_sees_the_perturbed_weights():
+    """An autocast outside the passes caches casts of the weights; the move must not be hidden by them."""
+    found = []
+    for outside in (True, False):
+        model, data = mlp(dtype=torch.float32), batch(0, dtype=torch.float32)
+        sam = make(model, "sam", epsilon=0.5)
+
+        def closure(model=model, data=data):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(model, data)
+            loss.backward()
+            return loss
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside):
+            sam.step(closure)
+        found.append(float(sam.sharpness))
+    assert found[0] == found[1] > 0.01
+
+
+def test_a_bad_gradient_on_the_way_stays_out_of_the_mean():
+    """Pass 2 of 3 overflows: the perturbation goes back to 0, and the update is that of the finite passes."""
+    model, data, calls = mlp(), batch(0), []
+    sam = make(model, "ga_sam", epsilon=0.02, steps=2)
+
+    def closure():
+        calls.append(1)
+        loss = loss_of(model, data) * (math.nan if len(calls) == 2 else 1.0)
+        loss.backward()
+        return loss
+
+    expected = torch.autograd.grad(loss_of(model, data), list(model.parameters()))
+    sam.accumulate(closure)
+    assert sam.num_skipped == 1
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-12, atol=0)
+
+
+def test_gradients_combined_inside_backward_equal_those_combined_after_it():
+    """As under torch's DDP, also for a task that runs backward twice in a pass, and on top of earlier gradients."""
+    from fairseq_sam.core import Method, ParameterSpace, SharpnessAwareStep
+
+    results = {}
+    for in_backward in (False, True):
+        model = mlp()
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.25)
+        step = SharpnessAwareStep(Method.from_preset("ga_sam", epsilon=0.05, steps=2), ParameterSpace.of({"": model}))
+
+        def run_pass(model=model):
+            loss_of(model, batch(0)).backward()
+            loss_of(model, batch(1)).backward()
+
+        step.ascend(run_pass, lambda gradients, _: (gradients, 1.0))
+        step.descend(run_pass, in_backward=in_backward)
+        results[in_backward] = flat(p.grad for p in model.parameters())
+    np.testing.assert_array_equal(results[True], results[False])
+
+
+def test_updates_are_counted_where_the_base_optimizer_steps():
+    """So that a gradient scaler, which steps the base optimizer by itself, counts as well."""
+    model = mlp()
+    sam = make(model, epsilon=0.1, interval=2)
+    passes = []
+    for number in range(4):
+        sam.zero_grad()
+        sam.accumulate(closure_of(model, batch(number)))
+        passes.append(sam.last_step.num_passes)
+        sam.optimizer.step()
+    assert passes == [2, 1, 2, 1] and sam.num_updates == 4
+
+
+def test_norms_of_large_and_small_gradients():
+    """Norms are accumulated in float64: 16M equal float32 numbers, and gradients whose squares leave float32's range."""
+    from fairseq_sam.core.norms import vector_norm
+
+    assert float(vector_norm([torch.full((2**24,), 0.1)], 2.0)) == pytest.approx(0.1 * 2**12, rel=1e-6)
+    for size in (1e25, 1e-25):
+        assert float(vector_norm([torch.full((4,), size)], 2.0)) == pytest.approx(2 * size, rel=1e-6)
+    model, data = mlp(dtype=torch.float32), batch(0, dtype=torch.float32)
+    sam = make(model, "sam", epsilon=0.1)
+
+    def closure():
+        loss = loss_of(model, data) * 1e-26
+        loss.backward()
+        return loss
+
+    sam.accumulate(closure)
+    assert sam.num_skipped == 0 and float(sam.last_step.perturbation_norm) == pytest.approx(0.1, rel=1e-5)

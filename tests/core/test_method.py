@@ -122,3 +122,24 @@ def test_core_and_analysis_work_without_fairseq():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and "ga_sam" in done.stdout, done.stderr
+
+
+def test_excluding_everything_is_refused():
+    model = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"--sam-exclude.*'\.' matches all"):
+        SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), model, exclude=".")
+
+
+def test_what_a_plain_loop_may_get_wrong():
+    model = nn.Linear(1, 1)
+    sam = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    with pytest.raises(TypeError, match=r"closure must return the loss.*NoneType"):
+        sam.step(lambda: model(torch.ones(1, 1)).sum().backward())
+    for options in ({"sample_size": 0}, {"loss_scale": -1.0}, {"sample_size": math.nan}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be a number > 0"):
+            sam.accumulate(lambda: model(torch.ones(1, 1)).sum(), **options)
+    for epoch in ("2", 1.5, math.nan, True):
+        with pytest.raises(ValueError, match="epoch must be an integer >= 1"):
+            sam.set_epoch(epoch)
+    with pytest.raises(ValueError, match="LBFGS"):
+        SharpnessAware(torch.optim.LBFGS(model.parameters()), model)
