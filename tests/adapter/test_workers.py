@@ -34,7 +34,7 @@ def run_two(data, out, backend, *flags):
 
 
 SGD = ("--base-optimizer", "sgd", "--lr", "0.5", "--dropout", "0.0")
-UPDATES = ((0, 2, 1, 3), (4, 6, 5, 7), (8, 10, 9))  # micro-batches of both workers; the second's last one is a dummy
+UPDATES = ((0, 2, 1, 3), (4, 6, 5, 7), (8, 10))  # micro-batches of both workers; the second ends with dummies
 
 
 def run_one(data, *flags):

@@ -50,7 +50,7 @@ def main() -> None:
     for number in range(3):
         micro = batches[2 * number : 2 * number + 2]
         if number == 2 and rank == "1":
-            micro = [micro[0], {}]  # a ragged shard: fairseq pads with a dummy batch
+            micro = [{}, {}]  # a shard that has run out of data: fairseq runs dummy batches
         with metrics.aggregate():
             trainer.train_step(micro)
     state = {name: p.detach().clone() for name, p in trainer.get_model().named_parameters()}

@@ -490,7 +490,7 @@ def test_updates_are_counted_where_the_base_optimizer_steps():
 
 
 def test_norms_of_large_and_small_gradients():
-    """Norms are accumulated in float64: 16M equal float32 numbers, and gradients whose squares leave float32's range."""
+    """Norms are accumulated in float64: 16M equal float32 numbers, gradients whose squares leave float32's range."""
     from fairseq_sam.core.norms import vector_norm
 
     assert float(vector_norm([torch.full((2**24,), 0.1)], 2.0)) == pytest.approx(0.1 * 2**12, rel=1e-6)
