@@ -104,9 +104,7 @@ def _config_class(bases: tuple[str, ...]) -> type:
     base = ("base_optimizer", str, field(default="adam", metadata={"help": f"base optimizer: {', '.join(bases)}"}))
     return make_dataclass(
         "SharpnessAwareConfig",
-        [base, *own, *_base_fields(bases), ("lr", list[float], field(default="${optimization.lr}"))]
-        if not any("lr" in base_flags(b) for b in bases)
-        else [base, *own, *_base_fields(bases)],
+        [base, *own, *_base_fields(bases)],
         bases=(FairseqDataclass,),
     )
 

@@ -116,17 +116,20 @@ def quiet() -> Any:
         logging.disable(logging.NOTSET)
 
 
-def build_trainer(data: Path, *flags: str, **model_changes: Any) -> tuple[Trainer, list[Any]]:
+def build_trainer(data: Path, *flags: str) -> tuple[Trainer, list[Any]]:
     """A trainer as fairseq-train builds it, and all its micro-batches."""
     with quiet():
-        cfg = configuration([str(data), *common_flags(), *flags])
-        torch.manual_seed(cfg.common.seed)
-        task = tasks.setup_task(cfg.task)
-        trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
-        iterator = trainer.get_train_iterator(epoch=1)
-        trainer.begin_epoch(1)
-        batches = list(iterator.next_epoch_itr(shuffle=False))
-    return trainer, batches
+        return trainer_of(configuration([str(data), *common_flags(), *flags]))
+
+
+def trainer_of(cfg: Any) -> tuple[Trainer, list[Any]]:
+    """The trainer of a configuration at the start of epoch 1, and this worker's micro-batches, not shuffled."""
+    torch.manual_seed(cfg.common.seed)
+    task = tasks.setup_task(cfg.task)
+    trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+    iterator = trainer.get_train_iterator(epoch=1)
+    trainer.begin_epoch(1)
+    return trainer, list(iterator.next_epoch_itr(shuffle=False))
 
 
 def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

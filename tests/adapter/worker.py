@@ -37,15 +37,7 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=int(rank))
     cfg.distributed_training.distributed_rank = int(rank)
     distributed_utils._USE_XLA = False
-    from fairseq import tasks
-    from fairseq.trainer import Trainer
-
-    torch.manual_seed(cfg.common.seed)
-    task = tasks.setup_task(cfg.task)
-    trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
-    iterator = trainer.get_train_iterator(epoch=1)
-    trainer.begin_epoch(1)
-    batches = list(iterator.next_epoch_itr(shuffle=False))
+    trainer, batches = runs.trainer_of(cfg)
     trainer.reset_dummy_batch(batches[0])
     for number in range(3):
         micro = batches[2 * number : 2 * number + 2]
