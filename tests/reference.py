@@ -92,17 +92,142 @@ def method_gradient(
     unit: float = 1.0,
     asam_eta: float = 0.0,
     max_scale: float = 1000.0,
+    ascent: Callable[[Vector], Vector] | None = None,
+    mask: Vector | float = 1.0,
 ) -> tuple[Vector, list[Vector]]:
-    """Algorithm 1: descent gradient of one batch, and a_0 .. a_K."""
+    """Algorithm 1: descent gradient of one batch, and a_0 .. a_K.
+
+    `ascent` gives the gradients of the ascent passes where they are not the batch's; `mask` multiplies what is applied.
+    """
+    ascent = ascent or gradient
     eta = 1.5 * epsilon / steps if step_size is None else step_size
     a = [np.zeros_like(w)]
-    g = [gradient(w)]
+    g = [ascent(w)]
     T = capped_scale_vector(scale, w, unit * g[0], groups, asam_eta, max_scale)
     for k in range(1, steps + 1):
         u = ascent_step(g[k - 1], T, p, eta)
         a.append(project(a[k - 1] + u, T, p, epsilon))
-        g.append(gradient(w + a[k]))
+        g.append((gradient if k == steps else ascent)(w + mask * a[k]))
     return (g[-1] if descent == "last" else sum(g) / (steps + 1)), a
+
+
+# The other presets, each from its own paper. `problem.gradient(v, rows)` is the gradient of the mean loss over the
+# given instances, `problem.losses(v)` the loss of every instance, `problem.instance_gradients(v)` their gradients.
+
+
+def sam_perturbation(g: Vector, rho: float) -> Vector:
+    """Foret et al. 2021, eq. 2."""
+    return rho * g / np.linalg.norm(g)
+
+
+def efficient_sam(w, problem, *, rho: float, ascent_rows) -> Vector:
+    """Bahri et al. 2022, Algorithm 1: lines 5 to 7."""
+    return problem.gradient(w + sam_perturbation(problem.gradient(w, ascent_rows), rho))
+
+
+def m_sam(w, problem, *, rho: float, parts) -> Vector:
+    """1/m sum over parts of grad L_i(w + rho grad L_i(w) / ||grad L_i(w)||), parts weighted by their size."""
+    total = sum(len(part) for part in parts)
+    out = np.zeros_like(w)
+    for part in parts:
+        out += len(part) / total * problem.gradient(w + sam_perturbation(problem.gradient(w, part), rho), part)
+    return out
+
+
+def fisher_mask(gradients: list[Vector], sparsity: float) -> Vector:
+    """FSAM eq. 9 and 10: mean of squares, largest (1 - s) of all."""
+    fisher = np.mean(np.square(gradients), axis=0)
+    mask = np.zeros_like(fisher)
+    mask[np.argsort(-fisher, kind="stable")[: round((1 - sparsity) * len(fisher))]] = 1.0
+    return mask
+
+
+def fisher_sam(w, problem, *, rho: float, mask: Vector) -> Vector:
+    """FSAM eq. 6."""
+    return problem.gradient(w + sam_perturbation(problem.gradient(w), rho) * mask)
+
+
+def esam(w, problem, *, rho: float, keep: Vector, beta: float, gamma: float) -> Vector:
+    """Du et al. 2022: a = rho g / ||g|| . keep / beta; then the gamma share of instances whose loss rose most."""
+    a = sam_perturbation(problem.gradient(w), rho) * keep / beta
+    rise = problem.losses(w + a) - problem.losses(w)
+    chosen = np.argsort(-rise, kind="stable")[: max(1, round(gamma * len(rise)))]
+    return problem.gradient(w + a, chosen)
+
+
+def gsam(
+    w, problem, *, rho_max: float, rho_min: float, lr: float, lr_max: float, lr_min: float, alpha: float
+) -> Vector:
+    """Zhuang et al. 2022, Algorithm 1."""
+    rho_t = rho_min + (rho_max - rho_min) * (lr - lr_min) / (lr_max - lr_min)
+    g_0 = problem.gradient(w)
+    g_s = problem.gradient(w + sam_perturbation(g_0, rho_t))
+    parallel = (g_0 @ g_s) / (g_s @ g_s) * g_s
+    return g_s - alpha * (g_0 - parallel)
+
+
+def delta_sam(w, problem, *, rho: float, r: Vector, eta: float) -> Vector:
+    """delta-SAM eq. 5 to 7."""
+    l_0, l_up, l_down = problem.losses(w), problem.losses(w + r), problem.losses(w - r)
+    weight = np.abs(l_up + l_down - 2 * l_0) / np.maximum(np.abs(l_up - l_down), eta)
+    weighted = weight @ problem.instance_gradients(w)
+    return problem.gradient(w + sam_perturbation(weighted, rho))
+
+
+def instance_sam(w, problem, *, rho: float) -> Vector:
+    """delta-SAM eq. 2."""
+    gradients = problem.instance_gradients(w)
+    moved = [problem.gradient(w + sam_perturbation(g_i, rho), [i]) for i, g_i in enumerate(gradients)]
+    return np.mean(moved, axis=0)
+
+
+def model_perturbation(w, problem, *, epsilon: float, rate: float, steps: int) -> Vector:
+    """Zheng et al. 2021, Algorithm 1: inner gradient ascent at a fixed rate, projected on the ball."""
+    delta = np.zeros_like(w)
+    for _ in range(steps):
+        delta = delta + rate * problem.gradient(w + delta)
+        length = np.linalg.norm(delta)
+        if length > epsilon:
+            delta = epsilon * delta / length
+    return problem.gradient(w + delta)
+
+
+def awp(w, problem, *, gamma: float, groups: Vector) -> Vector:
+    """Wu et al. 2020: a_i = gamma ||w_i|| g_i / ||g_i||."""
+    g = problem.gradient(w)
+    return problem.gradient(w + gamma * group_norm(w, groups) * g / group_norm(g, groups))
+
+
+class LookSam:
+    """Liu et al. 2022, Algorithm 1."""
+
+    def __init__(self, rho: float, k: int, alpha: float) -> None:
+        self.rho, self.k, self.alpha = rho, k, alpha
+        self.g_v: Vector | None = None
+
+    def gradient(self, t: int, w, problem) -> Vector:
+        g = problem.gradient(w)
+        if t % self.k == 0:
+            g_s = problem.gradient(w + sam_perturbation(g, self.rho))
+            cosine = (g @ g_s) / (np.linalg.norm(g) * np.linalg.norm(g_s))
+            self.g_v = g_s - np.linalg.norm(g_s) * cosine * g / np.linalg.norm(g)
+            return g_s
+        return g + self.alpha * np.linalg.norm(g) / np.linalg.norm(self.g_v) * self.g_v
+
+
+def freelb(gradients, delta: Vector, *, p: float, epsilon: float, step_size: float, steps: int) -> Vector:
+    """Zhu et al. 2020, Algorithm 1, mean over the K + 1 points; `gradients(delta)` gives those of w and of delta."""
+    collected = []
+    for k in range(steps + 1):
+        g_w, g_delta = gradients(delta)
+        collected.append(g_w)
+        if k == steps:
+            break
+        for b in range(len(delta)):  # one ball for each sentence
+            ones = np.ones(delta[b].size)
+            step = ascent_step(g_delta[b].ravel(), ones, p, step_size)
+            delta[b] = project(delta[b].ravel() + step, ones, p, epsilon).reshape(delta[b].shape)
+    return np.mean(collected, axis=0)
 
 
 class SGD:

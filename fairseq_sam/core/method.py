@@ -2,14 +2,21 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fairseq_sam.core.scales import SCALES
 
-GRANULARITIES = ("element", "filter", "tensor", "layer", "model")
-DESCENTS = ("last", "mean")
+ASCENTS = ("batch", "weighted", "instance", "random")
+GRANULARITIES = ("element", "filter", "tensor", "layer", "model", "sentence")
+BALLS = ("model", "group")
+STEP_RULES = ("steepest", "gradient")
+MASKS = ("none", "fisher", "random")
+DESCENTS = ("last", "mean", "mean_ascent", "gsam", "sds")
+BETWEENS = ("plain", "reuse")
+PLACES = ("weights", "embeddings")
+STARTS = ("zero", "uniform")
 GRADIENTS = ("mean", "sum")
 SCOPES = ("microbatch", "update")
 DROPOUTS = ("same", "fresh")
@@ -18,12 +25,56 @@ DROPOUTS = ("same", "fresh")
 TENSOR_GRANULARITIES = ("filter", "tensor", "layer")
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "ascent": ASCENTS,
     "scale": tuple(SCALES),
     "granularity": GRANULARITIES,
+    "ball": BALLS,
+    "step_rule": STEP_RULES,
+    "mask": MASKS,
     "descent": DESCENTS,
+    "between": BETWEENS,
+    "where": PLACES,
+    "init": STARTS,
     "gradient": GRADIENTS,
     "scope": SCOPES,
     "dropout": DROPOUTS,
+}
+
+
+DEFAULT_MAX_SCALE = 1000.0
+
+
+class Setting(NamedTuple):
+    """A number that only some choices of one axis use.
+
+    Attributes:
+        axis: the axis.
+        defaults: the default for each choice that uses the number.
+        allowed: the allowed values, in words.
+        least: smallest allowed value.
+        most: largest allowed value.
+    """
+
+    axis: str
+    defaults: Mapping[str, float]
+    allowed: str
+    least: float
+    most: float = math.inf
+
+
+TINY, BELOW_ONE = math.ulp(0.0), math.nextafter(1.0, 0.0)  # ends of open intervals
+
+# Defaults: delta_eta, delta-SAM table 5; sparsity (fisher) and mask_interval, FSAM 6.1; sparsity (random) and
+# esam_gamma, Du et al. 2022 (beta and gamma 0.5 in their runs on CIFAR); look_alpha, Liu et al. 2022; fisher_samples
+# and gsam_alpha are ours, the papers at hand give no number for language models.
+SETTINGS: dict[str, Setting] = {
+    "delta_eta": Setting("ascent", {"weighted": 1e-4}, "a finite number > 0", TINY),
+    "sparsity": Setting("mask", {"fisher": 0.9, "random": 0.5}, "a number in [0, 1)", 0.0, BELOW_ONE),
+    "mask_interval": Setting("mask", {"fisher": 100}, "an integer >= 1", 1),
+    "fisher_samples": Setting("mask", {"fisher": 128}, "an integer >= 1", 1),
+    "gsam_alpha": Setting("descent", {"gsam": 0.4}, "a finite number >= 0", 0.0),
+    "esam_gamma": Setting("descent", {"sds": 0.5}, "a number in (0, 1]", TINY, 1.0),
+    "look_alpha": Setting("between", {"reuse": 0.7}, "a finite number >= 0", 0.0),
 }
 
 
@@ -73,7 +124,10 @@ class Method:
         scale: the diagonal operator T, a key of ``SCALES``.
         granularity: what one group of T is: ``element``, ``filter`` (slices of a tensor's first dimension),
             ``tensor``, ``layer`` (the parameters that one module owns directly) or ``model``.
-        descent: gradient that the base optimizer gets: ``last`` (at ``w + a_K``) or ``mean`` (of ``g_0 .. g_K``).
+        descent: gradient that the base optimizer gets: ``last`` (at ``w + a_K``), ``mean`` (of ``g_0 .. g_K``),
+            ``mean_ascent`` (of ``g_0 .. g_{K-1}``, without a pass at ``a_K``; FreeLB's Hugging Face code), ``gsam``
+            (``g_K - alpha (g_0 - projection of g_0 on g_K)``) or ``sds`` (last, on the instances whose loss rose
+            most).
         gradient: unit in which T sees gradients: ``mean`` divides by the sample size, ``sum`` does not.
         start_epoch: first epoch (counted from 1) that is sharpness-aware; plain steps before it.
         start_update: number of plain updates before the first sharpness-aware one.
@@ -85,6 +139,32 @@ class Method:
         max_scale: a gradient-based T is capped at this multiple of its model-wise value, > 0; ``inf`` switches the
             cap off. Differs from the paper, which has none: a group whose gradient is rounding noise would explode.
         exclude: regular expression; parameters whose name it matches (`re.search`) are trained but not perturbed.
+        ascent: what the ascent gradient is of: the ``batch``, the instance-``weighted`` batch (delta-SAM eq. 5-6),
+            each ``instance`` on its own (delta-SAM eq. 2), or a ``random`` Gaussian direction in its place.
+        ascent_fraction: share of the batch's instances, its first ones, that the ascent sees, in (0, 1].
+        m: number of disjoint parts of the batch, each with its own perturbation, >= 1.
+        ball: one ball for the whole ``model``, or one of radius epsilon for each ``group`` of the granularity.
+        step_rule: ``steepest`` (a step of length `step_size` in the norm, eq. 15) or ``gradient`` (``step_size T^2 g``,
+            not normalised; Zheng et al. 2021).
+        mask: perturbed weights: all (``none``), those with the largest empirical ``fisher`` information (FSAM), or
+            ``random`` tensors, kept with probability 1 - sparsity and divided by it (ESAM's SWP).
+        sparsity: share of the weights (``fisher``) or tensors (``random``) that is not perturbed, in [0, 1).
+        mask_interval: updates between refreshes of the Fisher mask, >= 1.
+        fisher_samples: number of instances whose gradients the Fisher mask is made from, >= 1.
+        gsam_alpha: weight of the component that GSAM subtracts, >= 0.
+        esam_gamma: share of the instances that ``sds`` keeps, in (0, 1].
+        delta_eta: floor of the denominator of delta-SAM's weights (eq. 5), > 0.
+        between: what updates between two sharpness-aware ones do: ``plain`` steps, or steps that ``reuse`` the
+            last sharpness component (Liu et al. 2022).
+        look_alpha: weight of the reused component, in multiples of the gradient's norm, >= 0.
+        where: what is perturbed: ``weights``, or the outputs of the word ``embeddings``.
+        init: where the ascent starts: ``zero``, or ``uniform`` noise in the ball (embeddings only).
+        epsilon_min: radius at the learning rate `lr_min`; the radius is linear in the learning rate and reaches
+            `epsilon` at `lr_max` (GSAM). Default: the radius is constant.
+        lr_max: learning rate at which the radius is `epsilon`, > 0; default the peak of the schedule.
+        lr_min: learning rate at which the radius is `epsilon_min`, >= 0.
+        end_epoch: last sharpness-aware epoch; plain steps after it. Default: none.
+        end_update: number of updates after which steps are plain. Default: none.
 
     Raises:
         ValueError: if a value is out of range or two values contradict each other; names flag, value and range.
@@ -105,8 +185,29 @@ class Method:
     scope: str = "microbatch"
     dropout: str = "same"
     asam_eta: float = 0.0
-    max_scale: float = 1000.0
+    max_scale: float = DEFAULT_MAX_SCALE
     exclude: str = ""
+    ascent: str = "batch"
+    ascent_fraction: float = 1.0
+    m: int = 1
+    ball: str = "model"
+    step_rule: str = "steepest"
+    mask: str = "none"
+    sparsity: float | None = None
+    mask_interval: int | None = None
+    fisher_samples: int | None = None
+    gsam_alpha: float | None = None
+    esam_gamma: float | None = None
+    delta_eta: float | None = None
+    between: str = "plain"
+    look_alpha: float | None = None
+    where: str = "weights"
+    init: str = "zero"
+    epsilon_min: float | None = None
+    lr_max: float | None = None
+    lr_min: float = 0.0
+    end_epoch: int | None = None
+    end_update: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value, then every pair that can contradict."""
@@ -118,39 +219,75 @@ class Method:
         self._check_number("asam_eta", 0.0, "a finite number >= 0")
         self._check_number("step_size", 0.0, "a finite number > 0", strict=True)
         self._check_number("max_scale", 0.0, "a number > 0 (inf: no cap)", strict=True, finite=False)
-        for field, least in (("steps", 1), ("start_epoch", 1), ("start_update", 0), ("interval", 1)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{flag(field)} must be an integer >= {least}, got {value!r}")
+        self._check_number("ascent_fraction", 0.0, "a number in (0, 1]", strict=True, most=1.0)
+        self._check_number("epsilon_min", 0.0, f"a number in [0, epsilon = {self.epsilon}]", most=self.epsilon)
+        self._check_number("lr_min", 0.0, "a finite number >= 0")
+        self._check_number("lr_max", self.lr_min, f"a finite number > lr_min = {self.lr_min}", strict=True)
+        for field, least in (("steps", 1), ("start_epoch", 1), ("start_update", 0), ("interval", 1), ("m", 1)):
+            self._check_integer(field, least)
+        self._check_integer("end_epoch", self.start_epoch)
+        self._check_integer("end_update", self.start_update + 1)
         try:
             re.compile(self.exclude)
         except (re.error, TypeError) as error:
             raise ValueError(
                 f"{flag('exclude')} must be a regular expression, got {self.exclude!r}: {error}"
             ) from error
-        self._check_contradictions()
-
-    def _check_number(
-        self, field: str, least: float, allowed: str, *, strict: bool = False, finite: bool = True
-    ) -> None:
-        value = getattr(self, field)
-        if value is None and field == "step_size":
-            return
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not (value > least if strict else value >= least) or (finite and math.isinf(value)):
-            raise ValueError(f"{flag(field)} must be {allowed}, got {value!r}")
-
-    def _check_contradictions(self) -> None:
-        if SCALES[self.scale].element_only and self.granularity != "element":
-            raise ValueError(
-                f"{flag('scale')} {self.scale} is a number per weight and needs {flag('granularity')} element, "
-                f"got {self.granularity!r}; the norm of a group's weights is --sam-scale weight_norm"
-            )
+        for field, setting in SETTINGS.items():
+            self._resolve(field, setting)
         if self.asam_eta > 0 and self.scale != "weight_abs":
             raise ValueError(
                 f"{flag('asam_eta')} is only used by --sam-scale weight_abs, got asam_eta {self.asam_eta} "
                 f"with scale {self.scale!r}; leave it out or change the scale"
             )
+        for refused in CONTRADICTIONS:
+            if refused.applies(self):
+                raise ValueError(refused.reason.format(m=self))
+
+    def _check_number(
+        self,
+        field: str,
+        least: float,
+        allowed: str,
+        *,
+        strict: bool = False,
+        finite: bool = True,
+        most: float = math.inf,
+    ) -> None:
+        value = getattr(self, field)
+        if value is None and field in OPTIONAL:
+            return
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (
+            not number
+            or not (value > least if strict else value >= least)
+            or value > most
+            or (finite and math.isinf(value))
+        ):
+            raise ValueError(f"{flag(field)} must be {allowed}, got {value!r}")
+
+    def _check_integer(self, field: str, least: int) -> None:
+        value = getattr(self, field)
+        if value is None and field in OPTIONAL:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{flag(field)} must be an integer >= {least}, got {value!r}")
+
+    def _resolve(self, field: str, setting: Setting) -> None:
+        """Give a setting its default, and refuse one that the axis does not use."""
+        value, choice = getattr(self, field), getattr(self, setting.axis)
+        if value is not None and choice not in setting.defaults:
+            users = " or ".join(f"--sam-{setting.axis} {name}" for name in setting.defaults)
+            raise ValueError(
+                f"{flag(field)} is only used by {users}, got {field} {value} with {setting.axis} {choice!r}; "
+                f"leave it out or change {flag(setting.axis)}"
+            )
+        if value is None:
+            object.__setattr__(self, field, setting.defaults.get(choice))
+        elif "integer" in setting.allowed:
+            self._check_integer(field, int(setting.least))
+        else:
+            self._check_number(field, setting.least, setting.allowed, most=setting.most)
 
     @property
     def eta(self) -> float:
@@ -158,9 +295,83 @@ class Method:
         return 1.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
 
     @property
-    def passes(self) -> int:
-        """Forward-backward passes of one sharpness-aware step."""
-        return self.steps + 1
+    def num_ascents(self) -> int:
+        """Ascent steps before the last pass."""
+        return self.steps - 1 if self.descent == "mean_ascent" else self.steps
+
+    @property
+    def needs_clean_gradient(self) -> bool:
+        """Whether the descent uses the gradients of the ascent passes."""
+        return self.descent in ("mean", "mean_ascent", "gsam") or self.between == "reuse"
+
+    @property
+    def combines_whole_gradient(self) -> bool:
+        """Whether the descent gradient needs all of the last gradient at once, not one tensor after the other."""
+        partial = self.ascent_fraction < 1 and self.needs_clean_gradient
+        return self.descent == "gsam" or self.between == "reuse" or partial
+
+    @property
+    def selects(self) -> bool:
+        """Whether the last pass sees selected instances only."""
+        return self.descent == "sds" and self.esam_gamma != 1.0
+
+    @property
+    def needs_instances(self) -> bool:
+        """Whether the method slices batches or needs the losses of single instances."""
+        return (
+            self.needs_losses
+            or self.ascent == "instance"
+            or self.ascent_fraction < 1
+            or self.m > 1
+            or self.mask == "fisher"
+        )
+
+    @property
+    def has_first_pass(self) -> bool:
+        """Whether a pass runs before the perturbation is found."""
+        return self.ascent != "random" or self.needs_clean_gradient
+
+    @property
+    def measures_sharpness(self) -> bool:
+        """Whether the first and the last pass see the same instances, so that their losses compare."""
+        return self.has_first_pass and self.num_ascents > 0 and self.ascent_fraction == 1 and not self.selects
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the granularity matters."""
+        return self.scale != "one" or self.ball == "group"
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the method needs the losses of single instances, not only slices of batches."""
+        return self.ascent == "weighted" or self.selects
+
+    @property
+    def passes(self) -> float:
+        """Forward-backward passes of one sharpness-aware step, in passes over the whole batch."""
+        ascents = self.num_ascents * self.ascent_fraction if self.has_first_pass else 0.0
+        return ascents + (float(self.esam_gamma or 1.0) if self.selects else 1.0)
+
+    @property
+    def forwards(self) -> float:
+        """Further forward passes without gradient of one sharpness-aware step."""
+        weighing = 3 * self.ascent_fraction if self.ascent == "weighted" else 0.0
+        weighs_the_same = self.ascent == "weighted" and self.dropout == "same"
+        clean_is_free = self.ascent_fraction == 1 and (self.ascent == "batch" or weighs_the_same)
+        return weighing + (0.0 if not self.selects else 1.0 if clean_is_free else 2.0)
+
+    @property
+    def copies(self) -> float:
+        """Copies of the weights that live beside model, gradient and base optimizer during the last pass.
+
+        Weights: the backup, the perturbation, a T of its own for each weight, gradients that the descent keeps and
+        the mask (a byte for each number). Embeddings: only gradients that the descent keeps.
+        """
+        kept = 1.0 if self.needs_clean_gradient else 0.0
+        if self.where == "embeddings":
+            return kept
+        scale = 1.0 if self.granularity == "element" and self.scale != "one" else 0.0
+        return 2.0 + scale + kept + (0.25 if self.mask == "fisher" else 0.0)
 
     def is_active(self, epoch: int, num_updates: int) -> bool:
         """Say whether the update is sharpness-aware.
@@ -170,7 +381,43 @@ class Method:
             num_updates: number of updates done before this one.
         """
         since_start = num_updates - self.start_update
-        return epoch >= self.start_epoch and since_start >= 0 and since_start % self.interval == 0
+        on_time = epoch >= self.start_epoch and since_start >= 0 and not self.has_ended(epoch, num_updates)
+        return on_time and since_start % self.interval == 0
+
+    def has_ended(self, epoch: int, num_updates: int) -> bool:
+        """Say whether the last sharpness-aware update lies behind; arguments as for ``is_active``."""
+        past_epoch = self.end_epoch is not None and epoch > self.end_epoch
+        return past_epoch or (self.end_update is not None and num_updates >= self.end_update)
+
+    def at(self, learning_rate: float) -> "Method":
+        """Return the method with the radius that belongs to a learning rate (GSAM, Algorithm 1).
+
+        Args:
+            learning_rate: of the coming update.
+        """
+        if self.epsilon_min is None or self.lr_max is None:
+            return self
+        progress = (learning_rate - self.lr_min) / (self.lr_max - self.lr_min)
+        radius = self.epsilon_min + (self.epsilon - self.epsilon_min) * min(max(progress, 0.0), 1.0)
+        return replace(self, epsilon=radius, epsilon_min=None, lr_max=None, lr_min=0.0)
+
+    def with_peak(self, learning_rate: float) -> "Method":
+        """Return the method with `lr_max` set, unless it is set or the radius is constant.
+
+        Args:
+            learning_rate: the schedule's largest.
+
+        Raises:
+            ValueError: if it is not above `lr_min`.
+        """
+        if self.epsilon_min is None or self.lr_max is not None:
+            return self
+        if not learning_rate > self.lr_min:
+            raise ValueError(
+                f"{flag('lr_min')} must be below the largest learning rate of the run, {learning_rate} (--lr), got "
+                f"{self.lr_min}; change one of them, or say at which rate the radius is epsilon: {flag('lr_max')}"
+            )
+        return replace(self, lr_max=learning_rate)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "Method":
@@ -193,15 +440,152 @@ class Method:
         unknown = sorted(set(given) - known)
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r} of method {name!r}; known: {', '.join(sorted(known))}")
-        scale = given.get("scale")
-        if scale in SCALES and SCALES[scale].element_only:
-            # The scale has one meaningful granularity, so a preset's other one is not a contradiction.
-            given.setdefault("granularity", "element")
-        return replace(PRESETS[name], **given)
+        return replace(PRESETS[name], **_implied(PRESETS[name], given))
 
 
-# Defaults of epsilon, norm and steps: sam, Foret et al. 2021 (rho 0.05, L2); asam, Kwon et al. 2021 (rho 0.5, L2);
-# layer_sam, GA-SAM C.2.1; multistep_defense, GA-SAM C.2.3 and C.2.4; ga_sam, GA-SAM C.2.1.
+def _implied(preset: Method, given: dict[str, Any]) -> dict[str, Any]:
+    """Add what follows from an override: a preset's other columns must not contradict it."""
+    implied = dict(given)
+    where = given.get("where", preset.where)
+    if where == "weights" and given.get("scale") in SCALES and SCALES[given["scale"]].element_only:
+        implied.setdefault("granularity", "element")  # the one granularity that the scale has
+    if given.get("step_rule", preset.step_rule) != preset.step_rule:
+        implied.setdefault("step_size", None)
+    if given.get("where", preset.where) != preset.where:
+        sentences = given["where"] == "embeddings"
+        implied.setdefault("granularity", "sentence" if sentences else "model")
+        implied.setdefault("ball", "group" if sentences else "model")
+        implied.setdefault("init", "zero")
+    if "epsilon" in given and preset.epsilon_min is not None and preset.epsilon > 0:
+        implied.setdefault("epsilon_min", given["epsilon"] * preset.epsilon_min / preset.epsilon)
+    for field, setting in SETTINGS.items():
+        if given.get(setting.axis, getattr(preset, setting.axis)) != getattr(preset, setting.axis):
+            implied.setdefault(field, None)
+    return implied
+
+
+# Fields that may be None: no value, or one that follows from the others.
+OPTIONAL = frozenset(("step_size", "epsilon_min", "lr_max", "end_epoch", "end_update", *SETTINGS))
+
+
+class Contradiction(NamedTuple):
+    """A combination of choices that makes no sense, and why. The reason may name fields of the method as ``{m.…}``."""
+
+    applies: Callable[[Method], bool]
+    reason: str
+
+
+CONTRADICTIONS: tuple[Contradiction, ...] = (
+    Contradiction(
+        lambda m: SCALES[m.scale].element_only and m.granularity != "element" and m.where == "weights",
+        "scale (--sam-scale) {m.scale} is a number per weight and needs granularity (--sam-granularity) element, "
+        "got {m.granularity!r}; the norm of a group's weights is --sam-scale weight_norm",
+    ),
+    Contradiction(
+        lambda m: m.step_rule == "gradient" and m.step_size is None,
+        "step_rule (--sam-step-rule) gradient takes steps of step_size times the gradient and has no default for it; "
+        "give step_size (--sam-step-size) > 0",
+    ),
+    Contradiction(
+        lambda m: m.ascent == "random" and SCALES[m.scale].gradient_based,
+        "scale (--sam-scale) {m.scale} is made from the ascent gradient, but ascent (--sam-ascent) random has none; "
+        "use --sam-scale one, weight_abs, weight_norm or weight_over_sqrt_n",
+    ),
+    Contradiction(
+        lambda m: m.descent == "mean_ascent" and m.steps == 1 and m.init == "zero",
+        "descent (--sam-descent) mean_ascent averages the gradients before the last ascent step, and with steps "
+        "(--sam-steps) 1 that is the base optimizer; use --sam-steps 2 or more, or --sam-descent mean",
+    ),
+    Contradiction(
+        lambda m: m.max_scale != DEFAULT_MAX_SCALE and not SCALES[m.scale].gradient_based,
+        "max_scale (--sam-max-scale) caps a scale made from the gradient, but scale (--sam-scale) is {m.scale}, got "
+        "max_scale {m.max_scale}; leave it out or use --sam-scale gradient_strength",
+    ),
+    Contradiction(
+        lambda m: m.lr_min != 0.0 and m.epsilon_min is None,
+        "lr_min (--sam-lr-min) {m.lr_min} is only used with epsilon_min (--sam-epsilon-min): a radius that follows "
+        "the learning rate; give both or neither",
+    ),
+    Contradiction(
+        lambda m: m.ascent == "random" and m.step_size is not None,
+        "ascent (--sam-ascent) random goes to the edge of the ball in one step, so step_size (--sam-step-size) "
+        "{m.step_size} must be left out; the length is --sam-epsilon",
+    ),
+    Contradiction(
+        lambda m: m.ascent == "random" and (m.steps > 1 or m.step_rule != "steepest" or m.ascent_fraction < 1),
+        "ascent (--sam-ascent) random draws one direction: steps (--sam-steps) must be 1, step_rule "
+        "(--sam-step-rule) steepest and ascent_fraction (--sam-ascent-fraction) 1, got {m.steps}, {m.step_rule}, "
+        "{m.ascent_fraction}",
+    ),
+    Contradiction(
+        lambda m: m.ascent == "weighted" and m.needs_clean_gradient,
+        "ascent (--sam-ascent) weighted gives the gradient of the weighted batch, but descent (--sam-descent) "
+        "{m.descent} and between (--sam-between) {m.between} need that of the unweighted batch at w; "
+        "use --sam-descent last or sds, --sam-between plain",
+    ),
+    Contradiction(
+        lambda m: m.ascent == "instance" and (m.m > 1 or m.ascent_fraction < 1 or m.descent == "sds"),
+        "ascent (--sam-ascent) instance perturbs for each instance alone, so there is nothing to split or select "
+        "within it: m (--sam-m) and ascent_fraction (--sam-ascent-fraction) must be 1 and descent (--sam-descent) "
+        "not sds, got {m.m}, {m.ascent_fraction}, {m.descent}",
+    ),
+    Contradiction(
+        lambda m: (m.ascent == "instance" or m.m > 1) and m.scope == "update",
+        "scope (--sam-scope) update shares one perturbation, but ascent (--sam-ascent) {m.ascent} with m (--sam-m) "
+        "{m.m} gives each part of the batch its own; use --sam-scope microbatch",
+    ),
+    Contradiction(
+        lambda m: m.descent == "mean_ascent" and m.between == "reuse",
+        "descent (--sam-descent) mean_ascent has no gradient at the end of the ascent from which between "
+        "(--sam-between) reuse could take the sharpness component; use --sam-descent last",
+    ),
+    Contradiction(
+        lambda m: (m.granularity == "sentence") != (m.where == "embeddings"),
+        "granularity (--sam-granularity) sentence belongs to where (--sam-where) embeddings, and only it does; "
+        "got granularity {m.granularity!r} with where {m.where!r}",
+    ),
+    Contradiction(
+        lambda m: m.init == "uniform" and m.where != "embeddings",
+        "init (--sam-init) uniform starts the ascent inside a sentence's ball and needs where (--sam-where) "
+        "embeddings, got {m.where!r}",
+    ),
+    Contradiction(
+        lambda m: (
+            m.where == "embeddings" and (m.scale != "one" or m.ball != "group" or m.mask != "none" or bool(m.exclude))
+        ),
+        "where (--sam-where) embeddings perturbs the embeddings of each sentence in a ball of its own: scale "
+        "(--sam-scale) must be one, ball (--sam-ball) group, mask (--sam-mask) none and exclude (--sam-exclude) "
+        "empty, got {m.scale}, {m.ball}, {m.mask}, {m.exclude!r}",
+    ),
+    Contradiction(
+        lambda m: (
+            m.where == "embeddings"
+            and (m.ascent != "batch" or m.ascent_fraction < 1 or m.m > 1 or m.descent == "sds" or m.scope == "update")
+        ),
+        "where (--sam-where) embeddings already perturbs each sentence by its own gradient: ascent (--sam-ascent) "
+        "must be batch, ascent_fraction (--sam-ascent-fraction) and m (--sam-m) 1, descent (--sam-descent) not sds "
+        "and scope (--sam-scope) microbatch, got {m.ascent}, {m.ascent_fraction}, {m.m}, {m.descent}, {m.scope}",
+    ),
+    Contradiction(
+        lambda m: m.where == "embeddings" and m.between == "reuse",
+        "between (--sam-between) reuse keeps a component of the weights' sharpness, but where (--sam-where) is "
+        "embeddings; use --sam-between plain",
+    ),
+    Contradiction(
+        lambda m: m.lr_max is not None and m.epsilon_min is None,
+        "lr_max (--sam-lr-max) {m.lr_max} is only used with epsilon_min (--sam-epsilon-min): a radius that follows "
+        "the learning rate; give both or neither",
+    ),
+)
+
+
+# Defaults of epsilon, norm, steps and step size: sam, Foret et al. 2021 (rho 0.05, L2); asam, Kwon et al. 2021 (rho
+# 0.5, L2); layer_sam and ga_sam, GA-SAM C.2.1; multistep_defense, GA-SAM C.2.3 and C.2.4; efficient_sam,
+# sam-language-models 4.1 (rho 0.15, a quarter of the batch); fisher_sam, FSAM 4.2 (the middle of its grid);
+# delta_sam and instance_sam, delta-SAM table 5 (BERT-base); gsam, Zhuang et al. 2022 (a radius that shrinks with
+# the learning rate; the two ends are ours); model_perturbation, Zheng et al. 2021 (epsilon 0.5, rate 1, one step);
+# awp, Wu et al. 2020 (gamma 5e-3); look_sam, Liu et al. 2022 (every fifth update); freelb, GA-SAM C.4.1 (En-Vi).
+# msam, esam, random_sam: as sam.
 PRESETS: Mapping[str, Method] = {
     method.name: method
     for method in (
@@ -210,5 +594,40 @@ PRESETS: Mapping[str, Method] = {
         Method("layer_sam", epsilon=1e-5, scale="weight_over_gradient", granularity="layer"),
         Method("multistep_defense", epsilon=5e-4, norm=math.inf, steps=2, descent="mean"),
         Method("ga_sam", epsilon=1e-4, norm=math.inf, scale="gradient_strength", granularity="layer", descent="mean"),
+        Method("efficient_sam", epsilon=0.15, ascent_fraction=0.25),
+        Method("msam", epsilon=0.05, m=4),
+        Method("fisher_sam", epsilon=5e-3, mask="fisher"),
+        Method("esam", epsilon=0.05, mask="random", descent="sds"),
+        Method("gsam", epsilon=0.05, epsilon_min=0.01, descent="gsam"),
+        Method("delta_sam", epsilon=0.05, ascent="weighted"),
+        Method("instance_sam", epsilon=0.05, ascent="instance"),
+        Method("random_sam", epsilon=0.05, ascent="random"),
+        Method("model_perturbation", epsilon=0.5, step_rule="gradient", step_size=1.0),
+        Method("awp", epsilon=5e-3, scale="weight_norm", granularity="layer", ball="group"),
+        Method("look_sam", epsilon=0.05, interval=5, between="reuse"),
+        Method(
+            "freelb", epsilon=0.02, norm=math.inf, granularity="sentence", ball="group", descent="mean",
+            where="embeddings", init="uniform",
+        ),
     )
+}  # fmt: skip
+
+SUMMARIES: Mapping[str, str] = {
+    "sam": "Sharpness-Aware Minimization (Foret et al. 2021)",
+    "asam": "Adaptive SAM: perturbations proportional to each weight (Kwon et al. 2021)",
+    "layer_sam": "layer-wise SAM: perturbations proportional to ||w_i|| / ||g_i|| (Liu et al. 2021)",
+    "multistep_defense": "multi-step adversarial parameter defense, averaged loss (Zhang et al. 2021)",
+    "ga_sam": "Gradient-Strength based Adaptive SAM, averaged loss (Zhang et al. 2022)",
+    "efficient_sam": "SAM with the ascent on a quarter of the batch (Bahri et al. 2022)",
+    "msam": "SAM on m disjoint parts of the batch, each with its own perturbation (Foret et al. 2021)",
+    "fisher_sam": "SAM that perturbs the weights with the largest Fisher information (Zhong et al. 2022)",
+    "esam": "Efficient SAM: random tensors perturbed, last pass on selected instances (Du et al. 2022)",
+    "gsam": "surrogate Gap guided SAM, radius follows the learning rate (Zhuang et al. 2022)",
+    "delta_sam": "SAM with dynamic reweighting of the instances, delta-SAM (Zhou et al. 2022)",
+    "instance_sam": "a perturbation for every instance: delta-SAM's costly reference (Zhou et al. 2022)",
+    "random_sam": "a Gaussian direction in place of the gradient: average-direction sharpness (Wen et al. 2023)",
+    "model_perturbation": "Adversarial Model Perturbation: ascent by gradient steps of fixed rate (Zheng et al. 2021)",
+    "awp": "Adversarial Weight Perturbation: each layer normalised on its own (Wu et al. 2020)",
+    "look_sam": "LookSAM: SAM every n-th update, its sharpness component between (Liu et al. 2022)",
+    "freelb": "FreeLB: attack on the word embeddings, averaged loss (Zhu et al. 2020)",
 }

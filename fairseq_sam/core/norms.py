@@ -1,10 +1,13 @@
 """The steepest direction and the projection in a p-norm ball, over a list of tensors taken as one vector."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+# From tensors and an order p: for each tensor, the norm that covers each of its numbers, broadcastable to it.
+Norms = Callable[[Sequence[Tensor], float], list[Tensor]]
 
 
 def vector_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -33,14 +36,20 @@ def _plain_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
     return result
 
 
-def steepest_direction_(gradients: list[Tensor], p: float) -> list[Tensor]:
+def global_norms(tensors: Sequence[Tensor], p: float) -> list[Tensor]:
+    """For each tensor, the p-norm of all numbers of `tensors` together."""
+    return [vector_norm(tensors, p)] * len(tensors)
+
+
+def steepest_direction_(gradients: list[Tensor], p: float, norms: Norms = global_norms) -> list[Tensor]:
     """Turn a gradient into the unit vector along which it rises fastest, in place.
 
     ``x = sgn(g) |g|^(1/(p-1)) / || |g|^(1/(p-1)) ||_p`` maximises ``g . x`` over ``||x||_p = 1`` (GA-SAM eq. 94-95).
 
     Args:
-        gradients: finite tensors, not all zero; overwritten.
+        gradients: finite tensors; overwritten. Where the norm is 0 the direction is 0.
         p: order of the norm, in (1, inf].
+        norms: norm that covers each number; default one ball for all tensors, else one for each group.
 
     Returns:
         The same tensors.
@@ -50,12 +59,17 @@ def steepest_direction_(gradients: list[Tensor], p: float) -> list[Tensor]:
         return gradients
     if p != 2.0:
         # Dividing by the largest number first keeps |g|^(1/(p-1)) in range for p near 1; the quotient is unchanged.
-        largest = vector_norm(gradients, math.inf)
+        normalize_(gradients, math.inf, norms)
         for gradient in gradients:
-            gradient.div_(largest.to(gradient.device, gradient.dtype))
             gradient.copy_(gradient.sign() * gradient.abs().pow_(1.0 / (p - 1.0)))
-    scale_(gradients, 1.0 / vector_norm(gradients, p))
+    normalize_(gradients, p, norms)
     return gradients
+
+
+def normalize_(tensors: list[Tensor], p: float, norms: Norms = global_norms) -> None:
+    """Divide by the p-norm that covers each number, in place; 0 where the norm is 0."""
+    for tensor, norm in zip(tensors, norms(tensors, p), strict=True):
+        tensor.div_(torch.where(norm > 0, norm, math.inf).to(tensor.device, tensor.dtype))
 
 
 def scale_(tensors: list[Tensor], factor: Tensor | float) -> None:
@@ -67,7 +81,7 @@ def scale_(tensors: list[Tensor], factor: Tensor | float) -> None:
         torch._foreach_mul_(tensors, factor)
 
 
-def project_(tensors: list[Tensor], p: float, epsilon: float) -> None:
+def project_(tensors: list[Tensor], p: float, epsilon: float, norms: Norms = global_norms) -> None:
     """Project onto the ball ``||x||_p <= epsilon``, in place (GA-SAM eq. 17-18 in the coordinates ``T^-1 a``).
 
     L-infinity clips; every other norm shrinks radially. Differs from the Euclidean projection for p not in {2, inf}.
@@ -76,10 +90,11 @@ def project_(tensors: list[Tensor], p: float, epsilon: float) -> None:
         tensors: finite tensors; overwritten.
         p: order of the norm, in (1, inf].
         epsilon: radius, >= 0.
+        norms: norm that covers each number; default one ball for all tensors, else one for each group.
     """
     if p == math.inf:
         torch._foreach_clamp_max_(tensors, epsilon)
         torch._foreach_clamp_min_(tensors, -epsilon)
         return
-    norm = vector_norm(tensors, p)
-    scale_(tensors, torch.where(norm > epsilon, epsilon / norm, torch.ones_like(norm)))
+    for tensor, norm in zip(tensors, norms(tensors, p), strict=True):
+        tensor.mul_(torch.where(norm > epsilon, epsilon / norm, 1.0).to(tensor.device, tensor.dtype))

@@ -1,5 +1,6 @@
 """Torch's random state, so that all passes of a step see the same dropout masks."""
 
+import zlib
 from collections.abc import Iterable
 
 import torch
@@ -14,9 +15,11 @@ class RandomState:
 
     Args:
         devices: devices whose generators a forward pass may draw from.
+        salt: tells snapshots of equal states apart in ``generator``: without dropout nothing advances torch's.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(self, devices: Iterable[torch.device], salt: str = "") -> None:
+        self._salt = salt
         self._cpu: Tensor = torch.get_rng_state()
         cuda = {torch.device(device) for device in devices if torch.device(device).type == "cuda"}
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in cuda}
@@ -26,6 +29,19 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
+
+    def generator(self, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """Return a generator of its own that follows from the snapshot: the same in every run, and never torch's.
+
+        Args:
+            stream: what the numbers are for; different names give independent numbers.
+            device: where they are drawn.
+        """
+        source = torch.Generator()
+        source.set_state(self._cpu)
+        seed = int(torch.randint(2**62, (), generator=source))
+        name = f"{self._salt}/{stream}".encode()
+        return torch.Generator(device).manual_seed((seed ^ zlib.crc32(name) << 16) % 2**63)
 
     def reseed(self, number: int) -> None:
         """Start the `number`-th stream that follows from the snapshot: other masks, but the same in every run.

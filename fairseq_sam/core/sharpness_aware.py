@@ -4,13 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fairseq_sam.core.batch import Batch, ClosureBatch, Loss, PassResult
+from fairseq_sam.core.descent import Gradients, add_all
+from fairseq_sam.core.embeddings import WordEmbeddings
+from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import Method
+from fairseq_sam.core.perturbation import Measurements
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.step import Gradients, Measurements, SharpnessAwareStep
-
-Loss = Tensor | float
+from fairseq_sam.core.step import SharpnessAwareStep, fisher_information, reuse, split
 
 
 class SharpnessAware:
@@ -23,11 +26,16 @@ class SharpnessAware:
         optimizer: the base optimizer; its parameters are the ones that are trained and perturbed.
         model: the module that owns them; gives names (`exclude`) and layers (`granularity`).
         method: name of a preset, see ``fairseq_sam.PRESETS``.
+        embeddings: for methods that perturb word embeddings; default all ``nn.Embedding`` modules of the model.
         options: values for single axes, the fields of ``fairseq_sam.Method``: the command-line flags without
-            ``--sam-``. `scope` is what the closure covers here, and has no effect.
+            ``--sam-``. `scope` is what the closure covers here, and has no effect. `lr_max` defaults to the largest
+            learning rate of the parameter groups (their ``initial_lr``, where a schedule has set it).
 
     Raises:
         ValueError: if an option is unknown, out of range or contradicts another.
+
+    Methods that need single instances (``Method.needs_instances``) take a batch in place of the closure: an
+    ``InstanceBatch``, or any object with its methods (the protocol ``fairseq_sam.core.batch.Batch``).
 
     Examples:
         >>> model = nn.Linear(3, 1)
@@ -44,18 +52,32 @@ class SharpnessAware:
         GA-SAM: Zhang et al. 2022, Algorithm 1; SAM: Foret et al. 2021, Algorithm 1.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, method: str = "sam", **options: Any) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        method: str = "sam",
+        *,
+        embeddings: WordEmbeddings | None = None,
+        **options: Any,
+    ) -> None:
         self.optimizer = optimizer
-        self.method = Method.from_preset(method, **options)
+        rates = [group.get("initial_lr", group.get("lr", 0.0)) for group in optimizer.param_groups]
+        self.method = Method.from_preset(method, **options).with_peak(float(max(rates)))
         self.epoch = 1
         self.num_updates = 0
         self.num_skipped = 0
         self.last_step = Measurements()
         self.sharpness: Loss | None = None
         self._model = model
+        self._memory = Memory()
+        self._index = 0  # of the next micro-batch in its update
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("optimizer must take one gradient per step, got LBFGS, which evaluates the loss by itself")
         self._space()
+        self._embeddings = embeddings
+        if self.method.where == "embeddings" and embeddings is None:
+            self._embeddings = WordEmbeddings.of(model)
         # Counted where the base optimizer steps, so that GradScaler.step(sam.optimizer) counts as well.
         optimizer.register_step_post_hook(self._count_update)
 
@@ -76,61 +98,110 @@ class SharpnessAware:
 
     def _count_update(self, *_: Any) -> None:
         self.num_updates += 1
+        self._index = 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the base optimizer's parameters."""
+        """Clear the gradients of the base optimizer's parameters: an update begins."""
+        self._index = 0
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
-    def step(self, closure: Callable[[], Loss], *, sample_size: float = 1.0, loss_scale: float = 1.0) -> Loss:
+    def step(
+        self, closure: Callable[[], Loss] | Batch[Any], *, sample_size: float = 1.0, loss_scale: float = 1.0
+    ) -> Loss:
         """Clear gradients, compute the method's gradient, and let the base optimizer step.
 
         Args:
-            closure: forward and backward at the current weights, returns the loss. It runs once for each pass, and
-                neither needs nor may expect gradients in ``p.grad``.
-            sample_size: by what the closure's gradient is divided for `gradient` ``mean``; 1 for a mean loss.
+            closure: forward and backward at the current weights, returns the loss; it runs once for each pass, and
+                neither needs nor may expect gradients in ``p.grad``. Or a batch of instances, such as
+                ``InstanceBatch``, whose loss is the mean over them.
+            sample_size: by what a closure's gradient is divided for `gradient` ``mean``; 1 for a mean loss.
             loss_scale: factor that a gradient scaler multiplied the loss with.
 
         Returns:
-            The loss at the unperturbed weights, as the closure returned it.
+            The loss at the unperturbed weights, as the closure returned it. A method without a pass there (a random
+            direction, an attack on embeddings) returns that of its first pass.
         """
         self.zero_grad()
         loss = self.accumulate(closure, sample_size=sample_size, loss_scale=loss_scale)
         self.apply()
         return loss
 
-    def accumulate(self, closure: Callable[[], Loss], *, sample_size: float = 1.0, loss_scale: float = 1.0) -> Loss:
+    def accumulate(
+        self, closure: Callable[[], Loss] | Batch[Any], *, sample_size: float = 1.0, loss_scale: float = 1.0
+    ) -> Loss:
         """Add the method's gradient of one micro-batch to ``p.grad``; see ``step`` for the arguments.
 
         For gradient accumulation: ``zero_grad``, then ``accumulate`` for each micro-batch, then ``apply``.
 
         Raises:
             ValueError: if `sample_size` or `loss_scale` is not positive.
-            TypeError: if the closure does not return its loss.
+            TypeError: if the closure does not return its loss, or the method needs a batch of instances.
         """
         for name, value in (("sample_size", sample_size), ("loss_scale", loss_scale)):
             if not value > 0:
                 raise ValueError(f"{name} must be a number > 0, got {value!r}")
-        if not self.method.is_active(self.epoch, self.num_updates):
-            self.last_step, self.sharpness = Measurements(num_passes=1), None
-            return closure()
-        step: SharpnessAwareStep[Loss] = SharpnessAwareStep(self.method, self._space())
-        unit = 1.0 / (loss_scale * (sample_size if self.method.gradient == "mean" else 1.0))
+        if not callable(closure):
+            return self._accumulate_sums(closure, loss_scale)
+        if self.method.needs_instances and self.method.epsilon > 0:
+            raise ClosureBatch.refusal(self.method.name)
+        return self._accumulate(ClosureBatch(closure, sample_size), loss_scale).loss
 
-        def run_pass() -> Loss:
-            with torch.enable_grad():
-                loss = closure()
-            if not isinstance(loss, Tensor | float | int):
-                raise TypeError(f"the closure must return the loss, a tensor or a number, got {type(loss).__name__}")
-            return loss.detach() if isinstance(loss, Tensor) else loss
+    def _accumulate_sums(self, batch: Batch[Any], loss_scale: float) -> Loss:
+        """Batches give gradients of sums over instances: divide what this one adds by its sample size."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        prior = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        new: Gradients = [None] * len(prior)
+        try:
+            result = self._accumulate(batch, loss_scale)
+            new = [None if p.grad is None else p.grad / result.sample_size for p in parameters]
+        finally:
+            for p, gradient in zip(parameters, add_all(prior, new), strict=True):
+                p.grad = gradient
+        return result.loss
 
-        def ascent_gradient(gradients: Gradients, _: Loss) -> tuple[Gradients, float]:
-            return gradients, unit
+    def _accumulate(self, batch: Batch[Any], loss_scale: float) -> PassResult:
+        """Leave the method's gradient in ``p.grad``; return the clean loss and the sample size of the last pass."""
+        index, self._index = self._index, self._index + 1
+        method = self.method.at(max(group.get("lr", 0.0) for group in self.param_groups))
+        self.last_step, self.sharpness = Measurements(), None
+        if not method.is_active(self.epoch, self.num_updates):
+            self.last_step.num_passes = 1
+            reuses = self._memory.component and not method.has_ended(self.epoch, self.num_updates)
+            result = reuse(method, self._space(), self._memory, batch) if reuses else batch.run()
+            return PassResult(result.loss, result.sample_size)
+        space = self._space()
+        if index == 0:
+            self._memory.component = None  # that of this update is the sum over its micro-batches
 
-        clean = step.ascend(run_pass, ascent_gradient)
-        self.sharpness = step.descend(run_pass) - clean
-        self.last_step = step.measured
-        self.num_skipped += step.measured.num_skipped
-        return clean
+        def unit(result: Any) -> float:
+            return 1.0 / (loss_scale * (float(result.sample_size) if method.gradient == "mean" else 1.0))
+
+        self.last_step.num_passes = self._refresh_mask(method, space, batch, loss_scale)
+        salt = f"{self.num_updates}.{index}"
+        step: SharpnessAwareStep[Any] = SharpnessAwareStep(method, space, self._memory, self._embeddings, salt)
+        parts = split(method, batch)
+        clean, last = [], []
+        for part, share in parts:
+            first = step.ascend(part, lambda gradients, result: (gradients, unit(result)))
+            last.append(step.descend(part))
+            clean.append(last[-1] if first is None else first)
+            self.last_step.add(step.measured, share)
+        shares = [share for _, share in parts]
+        self.num_skipped += self.last_step.num_skipped
+        if method.measures_sharpness:
+            self.sharpness = _mean_loss(last, shares) - _mean_loss(clean, shares)
+        return PassResult(_mean_loss(clean, shares), sum(float(result.sample_size) for result in last))
+
+    def _refresh_mask(self, method: Method, space: ParameterSpace, batch: Batch[Any], loss_scale: float) -> float:
+        """Collect instances for the Fisher mask where they are wanted; return what share of a pass they cost."""
+        wanted = self._memory.instances_wanted(method, space, self.num_updates)
+        if not wanted:
+            return 0.0
+        squares = fisher_information(space, batch, wanted, 1.0 / loss_scale, str(self.num_updates))
+        self._memory.add_squares(method, space, squares)
+        return min(wanted, len(batch)) / len(batch)
 
     def apply(self) -> None:
         """Let the base optimizer step with the gradients in ``p.grad``.
@@ -143,7 +214,12 @@ class SharpnessAware:
         """Return the base optimizer's state and the method's: what a resumed run needs to continue exactly."""
         return {
             "optimizer": self.optimizer.state_dict(),
-            "method": {"epoch": self.epoch, "num_updates": self.num_updates, "num_skipped": self.num_skipped},
+            "method": {
+                "epoch": self.epoch,
+                "num_updates": self.num_updates,
+                "num_skipped": self.num_skipped,
+                **self._memory.state_dict(),
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -158,8 +234,18 @@ class SharpnessAware:
         self.epoch = state["method"]["epoch"]
         self.num_updates = state["method"]["num_updates"]
         self.num_skipped = state["method"]["num_skipped"]
+        self._memory.load_state_dict(state["method"])
 
     def _space(self) -> ParameterSpace:
         # Built anew each time: parameters may be frozen, thawed or added to the optimizer between steps.
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return ParameterSpace.of({"": self._model}, parameters=parameters, exclude=self.method.exclude)
+
+
+def _mean_loss(results: list[Any], shares: list[float]) -> Loss:
+    """Loss of the whole batch from those of its parts."""
+    if len(results) == 1:
+        loss: Loss = results[0].loss
+        return loss
+    total: Loss = sum(share * result.loss for share, result in zip(shares, results, strict=True))
+    return total

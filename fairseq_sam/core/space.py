@@ -71,7 +71,10 @@ class ParameterSpace:
         pattern = re.compile(exclude) if exclude else None
         perturbed = tuple(pattern is None or not pattern.search(name) for name in names)
         if not any(perturbed):
-            raise ValueError(f"exclude (--sam-exclude) must leave a parameter to perturb, but {exclude!r} matches all")
+            raise ValueError(
+                f"exclude (--sam-exclude) must leave a parameter to perturb, but {exclude!r} matches all; "
+                "exclude some only, or train with the base optimizer"
+            )
         upper = tuple(masters) if masters is not None else (None,) * len(names)
         buffers = tuple(buffer for root in modules.values() for buffer in root.buffers())
         return cls(names, tensors, layers, perturbed, upper, buffers)

@@ -1,267 +1,207 @@
-"""One sharpness-aware step: K ascent passes, the move, the last pass, the restore."""
+"""One sharpness-aware step: the ascent passes, the move, the last pass, the restore."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from itertools import accumulate, pairwise
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
+from fairseq_sam.core.batch import Batch, Result
+from fairseq_sam.core.descent import (
+    DESCENTS,
+    Descent,
+    Gradients,
+    Reduce,
+    add,
+    add_all,
+    add_component,
+    local,
+    sharpness_component,
+)
+from fairseq_sam.core.embeddings import WordEmbeddings
+from fairseq_sam.core.fisher import SquaredGradients, squared_gradients
+from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import Method
-from fairseq_sam.core.norms import project_, scale_, steepest_direction_, vector_norm
+from fairseq_sam.core.perturbation import EmbeddingPerturbation, Measurements, WeightPerturbation
 from fairseq_sam.core.random_state import RandomState
-from fairseq_sam.core.scales import ScaleOperator, build_scale
 from fairseq_sam.core.space import ParameterSpace
 
-Result = TypeVar("Result")
-Gradients = list[Tensor | None]
 # Given the gradients of an ascent pass and what the pass returned: the gradients to ascend, and their unit factor.
 AscentGradient = Callable[[Gradients, Result], tuple[Gradients, float]]
 
 
-@dataclass
-class Measurements:
-    """What one step measured.
-
-    Attributes:
-        gradient_norm: 2-norm of the ascent gradient ``g_0`` in the method's unit, over all perturbed parameters.
-        perturbation_norm: p-norm of the change that the weights really underwent for the last pass.
-        num_capped: groups whose T was capped.
-        num_skipped: ascent steps without a usable gradient (zero, infinite or NaN); the perturbation is then 0.
-        num_passes: forward-backward passes.
-    """
-
-    gradient_norm: float | Tensor = 0.0
-    perturbation_norm: float | Tensor = 0.0
-    num_capped: int | Tensor = 0
-    num_skipped: int = 0
-    num_passes: int = 0
-
-
 class SharpnessAwareStep(Generic[Result]):
-    """The passes of one update (or of one micro-batch of it) around a black-box forward and backward.
+    """The passes of one update (or of one micro-batch of it) around black-box forward and backward passes.
 
-    ``ascend`` finds the perturbation from K passes; ``descend`` runs the last pass at the perturbed weights, once for
-    each micro-batch that shares the perturbation, and leaves the descent gradient in ``p.grad``, added to what was
-    there. Outside a pass the weights are always the unperturbed ones, bit for bit, also after an exception. Buffers,
-    such as BatchNorm's statistics, end as the first pass, at the unperturbed weights, left them.
+    ``ascend`` finds the perturbation; ``descend`` runs the last pass at the perturbed weights, once for each
+    micro-batch that shares the perturbation, and leaves the descent gradient in ``p.grad``, added to what was there.
+    Outside a pass the weights are always the unperturbed ones, bit for bit, also after an exception. Buffers, such as
+    BatchNorm's statistics, end as the first pass, at the unperturbed weights, left them.
+
+    A step may be used for one part of a batch after the other; each ``ascend`` starts anew.
 
     Args:
         method: the method.
         space: the trained parameters.
+        memory: what the method remembers between updates.
+        embeddings: the word embeddings, for a method that perturbs them.
+        salt: names this step among those of a run, for random directions and masks.
     """
 
-    def __init__(self, method: Method, space: ParameterSpace) -> None:
+    def __init__(
+        self,
+        method: Method,
+        space: ParameterSpace,
+        memory: Memory | None = None,
+        embeddings: WordEmbeddings | None = None,
+        salt: str = "",
+    ) -> None:
         self.method = method
         self.space = space
-        self.measured = Measurements()
-        self._random = RandomState(tensor.device for tensor in space.tensors)
-        self._backup = _clone(space.tensors)
-        self._buffers = _clone(space.buffers)
-        self._clean_buffers = self._buffers
-        self._mean: Gradients = [None] * len(space.tensors)
-        self._num_in_mean = 0
-        self._active: list[int] = []  # parameters that have an ascent gradient and may move
-        self._transformed: list[Tensor] = []  # T^-1 a of the active parameters
-        self._scale = ScaleOperator([], 0)
+        self._memory = memory or Memory()
+        self._salt = salt
+        self._perturbation: WeightPerturbation | EmbeddingPerturbation
+        if method.where == "embeddings":
+            if embeddings is None:
+                raise ValueError("where (--sam-where) embeddings needs the model's word embeddings")
+            self._perturbation = EmbeddingPerturbation(method, embeddings)
+        else:
+            self._perturbation = WeightPerturbation(method, space, self._memory.masks(space))
+        self._num_parts = 0
+        self._begin()
 
-    def ascend(self, run_pass: Callable[[], Result], ascent_gradient: AscentGradient[Result]) -> Result:
-        """Run the K ascent passes.
+    @property
+    def measured(self) -> Measurements:
+        """What this step measured since ``ascend``."""
+        return self._perturbation.measured
 
-        Args:
-            run_pass: forward and backward at the weights as they are; leaves gradients in ``p.grad``.
-            ascent_gradient: see ``AscentGradient``; brings gradients to a common unit, reduces them over workers.
-
-        Returns:
-            What the first pass, at the unperturbed weights, returned.
-        """
-        first: list[Result] = []
-        prior = self._take_gradients()
-        try:
-            for k in range(self.method.steps):
-                self._set_masks(k)
-                result = self._run_at_perturbed(run_pass)
-                first = first or [result]
-                gradients = self._take_gradients()
-                is_finite = self._advance(*ascent_gradient(gradients, result))
-                if is_finite or k == 0:  # what goes wrong at w must reach the base optimizer and the loss scaler
-                    self._update_mean(gradients)
-                if k == 0:
-                    self._clean_buffers = _clone(self.space.buffers)
-        finally:
-            self._put_gradients(prior)
-            _copy_(self.space.buffers, self._buffers)
-        self._random.restore()
-        return first[0]
-
-    def descend(
-        self, run_pass: Callable[[], Result], *, finish: bool = True, shared: bool = False, in_backward: bool = False
-    ) -> Result:
-        """Run the last pass at ``w + a_K`` and add the descent gradient to ``p.grad``.
-
-        Args:
-            run_pass: forward and backward of one micro-batch.
-            finish: this is the last micro-batch that shares the perturbation.
-            shared: the ascent saw all micro-batches of the update, so their gradients enter the mean as one.
-            in_backward: combine gradients inside backward, before a hook of torch's DDP reduces them.
-
-        Returns:
-            What the pass returned.
-        """
-        prior = self._take_gradients()
-        raw: Gradients = [None] * len(prior)
-        combine = functools.partial(self._combine_shared if shared else self._combine, finish=finish)
-        handles: list[Any] = []
-        try:
-            if in_backward:
-                for i, tensor in enumerate(self.space.tensors):
-                    hook = functools.partial(self._combine_in_backward, i, tensor, raw, prior, combine)
-                    handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
-            result = self._run_at_perturbed(run_pass, measure=True)
-        except BaseException:
-            self._put_gradients(prior)
-            _copy_(self.space.buffers, self._buffers)
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._put_gradients(
-            [
-                tensor.grad if in_backward and tensor.grad is not None else combine(i, prior[i], tensor.grad)
-                for i, tensor in enumerate(self.space.tensors)
-            ]
-        )
-        _copy_(self.space.buffers, self._clean_buffers)
-        return result
-
-    # -- the descent gradient --------------------------------------------------------------------------------------
-
-    def _update_mean(self, gradients: Gradients) -> None:
-        """Running mean of g_0 .. g_k. Equal gradients leave it bit for bit as it is, whatever K."""
-        if self.method.descent == "mean":
-            count = self._num_in_mean
-            self._mean = [_running_mean(m, g, count) for m, g in zip(self._mean, gradients, strict=True)]
-            self._num_in_mean += 1
-
-    def _with_mean(self, i: int, gradient: Tensor | None) -> Tensor | None:
-        if self.method.descent != "mean":
-            return gradient
-        return _running_mean(self._mean[i], gradient, self._num_in_mean)
-
-    def _combine(self, i: int, prior: Tensor | None, gradient: Tensor | None, finish: bool) -> Tensor | None:
-        """Earlier micro-batches' gradient plus this micro-batch's descent gradient, as plain accumulation adds."""
-        return _add(prior, self._with_mean(i, gradient))
-
-    def _combine_shared(self, i: int, prior: Tensor | None, gradient: Tensor | None, finish: bool) -> Tensor | None:
-        """Descent gradient of the whole update, once its last micro-batch is in."""
-        accumulated = _add(prior, gradient)
-        return self._with_mean(i, accumulated) if finish else accumulated
-
-    def _combine_in_backward(
-        self,
-        i: int,
-        tensor: Tensor,
-        raw: Gradients,
-        prior: Gradients,
-        combine: Callable[[int, Tensor | None, Tensor | None], Tensor | None],
-        gradient: Tensor,
-    ) -> Tensor | None:
-        """Turn the gradient that backward is about to accumulate into all that ``p.grad`` shall hold.
-
-        A task may run backward several times in one pass; the sum so far replaces what the earlier call left.
-        """
-        raw[i] = _add(raw[i], gradient)
-        tensor.grad = None
-        return combine(i, prior[i], raw[i])
-
-    def _take_gradients(self) -> Gradients:
-        gradients = [tensor.grad for tensor in self.space.tensors]
-        for tensor in self.space.tensors:
-            tensor.grad = None
-        return gradients
-
-    def _put_gradients(self, gradients: Gradients) -> None:
-        for tensor, gradient in zip(self.space.tensors, gradients, strict=True):
-            tensor.grad = gradient
+    def _begin(self) -> None:
+        self._random = RandomState((t.device for t in self.space.tensors), f"{self._salt}.{self._num_parts}")
+        self._num_parts += 1
+        self._buffers = _clone(self.space.buffers)
+        self._clean_buffers: list[Tensor] = []  # as the first ascent pass left them; empty without one
+        self._descent: Descent = DESCENTS[self.method.descent](self.method)
+        self._clean_losses: Tensor | None = None  # of the instances at w, where the descent selects
+        self._rises: Tensor | None = None  # by how much they rose
+        self._ascent_passes: float = 0
+        self._sample_size = 0.0  # of the last pass so far
+        self._perturbation.begin(self._random)
 
     # -- the ascent ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _advance(self, gradients: Gradients, unit: float) -> bool:
-        """From ``a_{k-1}`` and ``g_{k-1}`` to ``a_k`` (GA-SAM eq. 15-16), kept as ``T^-1 a`` so that T may be 0.
+    def ascend(self, batch: Batch[Result], ascent_gradient: AscentGradient[Result]) -> Result | None:
+        """Find the perturbation.
 
-        Returns whether the gradient was finite.
+        Args:
+            batch: what shares the perturbation.
+            ascent_gradient: see ``AscentGradient``; brings gradients to a common unit, reduces them over workers.
+
+        Returns:
+            What the first pass, at the unperturbed weights, returned; None for a method without such a pass.
         """
-        first = not self._active
-        if first:
-            self._active = [
-                i
-                for i, g in enumerate(gradients)
-                if g is not None and self.space.perturbed[i] and self.space.tensors[i].numel()
-            ]
-        ascent = [self._ascent_tensor(i, gradients[i]) for i in self._active]
-        norm = vector_norm(ascent, 2.0) * unit if ascent else torch.zeros(())
-        if first:
-            self.measured.gradient_norm = norm
-        is_finite = bool(torch.isfinite(norm))
-        if is_finite and norm > 0:
-            if not self._scale.factors:
-                self._build_scale(ascent, unit)
-            self._step_(ascent)
+        self._begin()
+        prior = take_gradients(self.space)
+        try:
+            return self._ascend(batch, ascent_gradient)
+        finally:
+            put_gradients(self.space, prior)
+            _copy_(self.space.buffers, self._buffers)
+            self._random.restore()
+
+    def _ascend(self, batch: Batch[Result], ascent_gradient: AscentGradient[Result]) -> Result | None:
+        first: list[Result] = []
+        part, share = self._head(batch)
+        run = self._pass_over(part, share)
+        for k in range(self.method.num_ascents):
+            if not self.method.has_first_pass:
+                break
+            self._set_masks(k)
+            with self._perturbation.applied():
+                result = run(k)
+            if self.method.epsilon == 0:
+                self._perturbation.restore()  # quant-noise overwrites weights in the forward pass
+            self._ascent_passes += share
+            first = first or [result]
+            gradients = take_gradients(self.space)
+            is_finite = self._perturbation.advance(*ascent_gradient(gradients, result))
+            if is_finite or k == 0:  # what goes wrong at w must reach the base optimizer and the loss scaler
+                self._descent.observe(gradients, float(result.sample_size))
+            if k == 0:
+                self._clean_buffers = _clone(self.space.buffers)
+        if self.method.ascent == "random":
+            self._weights().advance_randomly(self._random)
+        if self.method.selects and not self._perturbation.is_zero:  # without a perturbation no loss rises
+            self._rises = self._loss_rises(batch)
+        self.measured.num_passes = self._ascent_passes
+        return first[0] if first else None
+
+    def _head(self, batch: Batch[Result]) -> tuple[Batch[Result], float]:
+        """The first instances of the batch that the ascent sees, and which share of all they are."""
+        if self.method.ascent_fraction == 1 or self.method.epsilon == 0:
+            return batch, 1
+        number = max(1, round(self.method.ascent_fraction * len(batch)))
+        return (batch, 1) if number >= len(batch) else (batch.select(range(number)), number / len(batch))
+
+    def _pass_over(self, part: Batch[Result], share: float) -> Callable[[int], Result]:
+        """Ascent pass k over a part of the batch."""
+        if self.method.ascent == "weighted" and self.method.epsilon > 0:
+            weights = self._instance_weights(part, share)
+            return lambda k: part.run_weighted(weights)
+        if not self.method.selects or share < 1 or self.method.epsilon == 0:
+            return lambda k: part.run()
+
+        def run(k: int) -> Result:
+            if k:
+                return part.run()
+            result, self._clean_losses = part.run_with_losses()
+            return result
+
+        return run
+
+    def _instance_weights(self, part: Batch[Result], share: float) -> Tensor:
+        """``|l(w+r) + l(w-r) - 2 l(w)| / max(|l(w+r) - l(w-r)|, eta)`` of every instance (delta-SAM eq. 5)."""
+        weights = self._weights()
+        direction = weights.gaussian(self._random)
+        clean = self._losses(part, share)
+        with weights.shifted(direction, 1.0):
+            up = self._losses(part, share)
+        with weights.shifted(direction, -1.0):
+            down = self._losses(part, share)
+        if self.method.selects and share == 1 and self.method.dropout == "same":
+            self._clean_losses = clean
+        floor = float(self.method.delta_eta or 0.0)
+        return (up + down - 2.0 * clean).abs() / (up - down).abs().clamp(min=floor)
+
+    def _loss_rises(self, batch: Batch[Result]) -> Tensor:
+        """By how much the losses of the instances are higher at ``w + a_K`` than at w, under the same masks."""
+        masks_of: int | None = 0  # the clean losses are those of ascent pass 0
+        if self._clean_losses is None:
+            self._clean_losses, masks_of = self._losses(batch), None
+        with self._perturbation.applied():
+            losses = self._losses(batch, masks_of=masks_of)
+        return torch.nan_to_num(losses.to(self._clean_losses) - self._clean_losses, nan=torch.inf)
+
+    def _losses(self, batch: Batch[Result], share: float = 1, masks_of: int | None = None) -> Tensor:
+        """Losses of the instances with the masks of the last pass or of an ascent pass, in float32 or better."""
+        if masks_of is None:
+            self._random.restore()
         else:
-            self._skip()
-        return is_finite
+            self._set_masks(masks_of)
+        self.measured.num_forwards += share
+        buffers = _clone(self.space.buffers)
+        try:
+            with torch.no_grad():
+                losses = batch.losses()
+        finally:
+            _copy_(self.space.buffers, buffers)
+        return losses if losses.dtype == torch.float64 else losses.float()
 
-    def _ascent_tensor(self, i: int, gradient: Tensor | None) -> Tensor:
-        """A copy of the gradient that may be overwritten, in float32 or better."""
-        weight = self._anchor(i)
-        if gradient is None:
-            return torch.zeros_like(weight)
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
-        return dense.detach().to(weight.dtype, copy=True)
-
-    def _anchor(self, i: int) -> Tensor:
-        """Unperturbed weights of parameter `i` in float32 or better: the optimizer's masters where there are any."""
-        master = self.space.masters[i]
-        weight = self._backup[i] if master is None else master.detach()
-        return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-
-    def _build_scale(self, ascent: Sequence[Tensor], unit: float) -> None:
-        self._scale = build_scale(
-            self.method.scale,
-            self.method.granularity,
-            [self._anchor(i) for i in self._active],
-            ascent,
-            [self.space.layers[i] for i in self._active],
-            unit=unit,
-            eta=self.method.asam_eta,
-            max_scale=self.method.max_scale,
-        )
-        self.measured.num_capped = self._scale.num_capped
-
-    def _step_(self, ascent: list[Tensor]) -> None:
-        """Add the step along the steepest direction to ``T^-1 a`` and project. Overwrites `ascent`."""
-        for gradient, factor in zip(ascent, self._scale.factors, strict=True):
-            if factor is not None:
-                gradient.mul_(factor)
-        norm = vector_norm(ascent, torch.inf)
-        if not (torch.isfinite(norm) and norm > 0):
-            self._skip()
-            return
-        direction = steepest_direction_(ascent, self.method.norm)
-        scale_(direction, self.method.eta)
-        if self._transformed:
-            torch._foreach_add_(direction, self._transformed)
-        project_(direction, self.method.norm, self.method.epsilon)
-        self._transformed = direction
-
-    def _skip(self) -> None:
-        self.measured.num_skipped += 1
-        self._transformed = []
-
-    # -- the move --------------------------------------------------------------------------------------------------
+    def _weights(self) -> WeightPerturbation:
+        assert isinstance(self._perturbation, WeightPerturbation), "embeddings are only perturbed by their gradients"
+        return self._perturbation
 
     def _set_masks(self, k: int) -> None:
         """Give ascent pass `k` its random state: that of the last pass, or a stream of its own."""
@@ -270,40 +210,219 @@ class SharpnessAwareStep(Generic[Result]):
         else:
             self._random.restore()
 
-    def _run_at_perturbed(self, run_pass: Callable[[], Result], *, measure: bool = False) -> Result:
-        with self._perturbed() if self._transformed else nullcontext():
-            if measure and self._transformed:
-                self.measured.perturbation_norm = self._applied_norm()
-            self.measured.num_passes += 1
-            return run_pass()
+    # -- the descent -----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _perturbed(self) -> Iterator[None]:
+    def descend(
+        self,
+        batch: Batch[Result],
+        *,
+        finish: bool = True,
+        shared: bool = False,
+        in_backward: bool = False,
+        reduce: Reduce = local,
+        offset: int | None = 0,
+    ) -> Result:
+        """Run the last pass at ``w + a_K`` and add the descent gradient to ``p.grad``.
+
+        Args:
+            batch: one micro-batch.
+            finish: this is the last micro-batch that shares the perturbation.
+            shared: the ascent saw all micro-batches of the update, so their gradients enter the descent as one.
+            in_backward: combine gradients inside backward, before a hook of torch's DDP reduces them; only for
+                methods that do not combine whole gradients.
+            reduce: sums a gradient over the workers that share the perturbation.
+            offset: number of instances of the shared ascent that come before this micro-batch's; None if it had
+                none of them.
+
+        Returns:
+            What the pass returned.
+        """
+        prior = take_gradients(self.space)
+        combine = functools.partial(self._combine, finish and shared, shared)
         try:
-            self._move()
-            yield
-        finally:
-            try:
-                self._restore()
-            except BaseException:  # an interrupt in the middle of the restore must not leave it half done
-                self._restore()
-                raise
+            selected, share = self._select(batch, offset)
+            with _gradient_hooks(self.space.tensors, prior, combine) if in_backward else nullcontext():
+                with self._perturbation.applied():
+                    result = selected.run()
+                    self._perturbation.measure()
+        except BaseException:
+            put_gradients(self.space, prior)
+            _copy_(self.space.buffers, self._buffers)
+            raise
+        self._sample_size += float(result.sample_size)
+        if not in_backward:
+            put_gradients(self.space, self._combined(prior, take_gradients(self.space), finish, shared, reduce))
+        else:
+            pairs = enumerate(zip(self.space.tensors, prior, strict=True))
+            put_gradients(self.space, [combine(i, g, None) if t.grad is None else t.grad for i, (t, g) in pairs])
+        if self._clean_buffers:
+            _copy_(self.space.buffers, self._clean_buffers)
+        self.measured.num_passes = self._ascent_passes + share
+        return result
 
-    @torch.no_grad()
-    def _move(self) -> None:
-        for i, transformed, factor in zip(self._active, self._transformed, self._scale.factors, strict=True):
-            perturbation = transformed if factor is None else transformed * factor
-            self.space.tensors[i].data.copy_(self._anchor(i) + perturbation)
-        torch.clear_autocast_cache()  # an autocast around all passes would go on with casts of the unperturbed weights
+    def _select(self, batch: Batch[Result], offset: int | None) -> tuple[Batch[Result], float]:
+        """The instances that the last pass sees, and which share of the micro-batch they are."""
+        if self._rises is None or offset is None:
+            return batch, 1
+        number = max(1, round(float(self.method.esam_gamma or 1.0) * len(batch)))
+        if number >= len(batch):
+            return batch, 1
+        rises = self._rises[offset : offset + len(batch)]
+        chosen = sorted(torch.argsort(rises, descending=True, stable=True)[:number].tolist())  # ties: the first
+        return batch.select(chosen), number / len(batch)
 
-    def _restore(self) -> None:
-        _copy_(self.space.tensors, self._backup)
-        torch.clear_autocast_cache()
+    def _combine(
+        self, complete: bool, shared: bool, i: int, prior: Tensor | None, gradient: Tensor | None
+    ) -> Tensor | None:
+        """All that ``p.grad`` shall hold of parameter `i`, as plain accumulation adds."""
+        if not shared:
+            return add(prior, self._descent.combine(i, gradient))
+        accumulated = add(prior, gradient)  # enters the descent as one gradient, once the last micro-batch is in
+        return self._descent.combine(i, accumulated) if complete else accumulated
 
-    @torch.no_grad()
-    def _applied_norm(self) -> Tensor:
-        moved = [self.space.tensors[i].detach().to(self._anchor(i).dtype) - self._anchor(i) for i in self._active]
-        return vector_norm(moved, self.method.norm)
+    def _combined(
+        self, prior: Gradients, gradients: Gradients, finish: bool, shared: bool, reduce: Reduce
+    ) -> Gradients:
+        if shared:
+            gradients, prior = add_all(prior, gradients), [None] * len(prior)
+            if not finish:
+                return gradients
+        if self.method.between == "reuse":
+            self._keep_component(gradients, reduce)
+        return add_all(prior, self._descent.combine_all(gradients, self._sample_size, reduce))
+
+    def _keep_component(self, gradients: Gradients, reduce: Reduce) -> None:
+        """Remember the sharpness component; a step that did not move has none."""
+        component: Gradients = [None] * len(gradients)
+        if not self._perturbation.is_zero and self._descent.first:
+            component = sharpness_component(reduce(self._descent.first), reduce(gradients))
+        self._memory.add_component(self.space, component)
+
+
+def fisher_information(
+    space: ParameterSpace, batch: Batch[Any], number: int, unit: float, salt: str = ""
+) -> SquaredGradients:
+    """Sum squared gradients of single instances, chosen at random; everything else is as before afterwards.
+
+    Args:
+        space: the trained parameters.
+        batch: the instances to choose from.
+        number: how many, at most all.
+        unit: see ``fisher.squared_gradients``.
+        salt: names this choice among those of a run.
+    """
+    random = RandomState((t.device for t in space.tensors), salt)
+    prior, buffers = take_gradients(space), _clone(space.buffers)
+    chosen = torch.randperm(len(batch), generator=random.generator("fisher"))[:number].sort().values.tolist()
+    try:
+        return squared_gradients((batch.select([i]) for i in chosen), space, unit)
+    finally:
+        put_gradients(space, prior)
+        _copy_(space.buffers, buffers)
+        random.restore()
+
+
+def reuse(
+    method: Method,
+    space: ParameterSpace,
+    memory: Memory,
+    batch: Batch[Result],
+    *,
+    finish: bool = True,
+    shared: bool = False,
+    reduce: Reduce = local,
+    num_workers: int = 1,
+) -> Result:
+    """Run one plain pass and add the sharpness component that the memory holds to its gradient.
+
+    Args:
+        method: the method, with `between` ``reuse``.
+        space: the trained parameters.
+        memory: holds the component of the last sharpness-aware update.
+        batch: one micro-batch.
+        finish: see ``SharpnessAwareStep.descend``, as for `shared` and `reduce`.
+        shared: the component is added once, to the gradient of the whole update.
+        reduce: sums a gradient over the workers that share it.
+        num_workers: how many they are.
+
+    Returns:
+        What the pass returned.
+    """
+    prior = take_gradients(space)
+    try:
+        result = batch.run()
+    except BaseException:
+        put_gradients(space, prior)
+        raise
+    gradients = take_gradients(space)
+    if shared:
+        gradients, prior = add_all(prior, gradients), [None] * len(prior)
+    if finish or not shared:
+        alpha = float(method.look_alpha or 0.0)
+        gradients = add_component(gradients, memory.component_of(space), alpha, reduce, num_workers)
+    put_gradients(space, add_all(prior, gradients))
+    return result
+
+
+def take_gradients(space: ParameterSpace) -> Gradients:
+    """Take the gradients out of ``p.grad``."""
+    gradients = [tensor.grad for tensor in space.tensors]
+    for tensor in space.tensors:
+        tensor.grad = None
+    return gradients
+
+
+def put_gradients(space: ParameterSpace, gradients: Gradients) -> None:
+    """Put gradients into ``p.grad``."""
+    for tensor, gradient in zip(space.tensors, gradients, strict=True):
+        tensor.grad = gradient
+
+
+@contextmanager
+def _gradient_hooks(
+    tensors: Sequence[Tensor],
+    prior: Gradients,
+    combine: Callable[[int, Tensor | None, Tensor | None], Tensor | None],
+) -> Iterator[None]:
+    """Turn each gradient that backward is about to accumulate into all that ``p.grad`` shall hold.
+
+    A task may run backward several times in one pass; the sum so far replaces what the earlier call left.
+    """
+    raw: Gradients = [None] * len(tensors)
+
+    def replace(i: int, tensor: Tensor, gradient: Tensor) -> Tensor | None:
+        raw[i] = add(raw[i], gradient)
+        tensor.grad = None
+        return combine(i, prior[i], raw[i])
+
+    handles: list[Any] = []
+    try:
+        for i, tensor in enumerate(tensors):
+            handles.append(tensor.register_hook(functools.partial(replace, i, tensor)))  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def split(method: Method, batch: Batch[Result]) -> list[tuple[Batch[Result], float]]:
+    """Cut a batch into the parts that have a perturbation each, and which share of the batch each is.
+
+    The first parts are larger by one instance where the number does not divide. Without a perturbation there is one.
+
+    Args:
+        method: the method.
+        batch: a micro-batch.
+    """
+    if method.epsilon == 0 or (method.m == 1 and method.ascent != "instance"):
+        return [(batch, 1)]  # without asking for its length: not every batch has one
+    number = len(batch) if method.ascent == "instance" else min(method.m, len(batch))
+    if number == 1:
+        return [(batch, 1)]
+    ends = [len(batch) * part // number for part in range(number + 1)]
+    sizes = sorted((end - start for start, end in pairwise(ends)), reverse=True)
+    starts = [0, *accumulate(sizes)]
+    return [(batch.select(range(start, end)), (end - start) / len(batch)) for start, end in pairwise(starts)]
 
 
 def _clone(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -313,20 +432,3 @@ def _clone(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _copy_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.data.copy_(value)
-
-
-def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
-
-
-def _running_mean(mean: Tensor | None, gradient: Tensor | None, count: int) -> Tensor | None:
-    """Mean of `count` gradients, extended by one; a missing gradient counts as 0."""
-    if count == 0:
-        return gradient
-    if gradient is None:
-        return None if mean is None else mean * (count / (count + 1))
-    if mean is None:
-        return gradient / (count + 1)
-    return mean + (gradient - mean) / (count + 1)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fairseq_sam import PRESETS
+from fairseq_sam import PRESETS, InstanceBatch, Method
 
 
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -14,6 +14,38 @@ def mlp(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6)
     return model
+
+
+class Reader(nn.Module):
+    """Reads a row of numbers as a sentence of five words, some of them padding; for methods that perturb embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 3, padding_idx=0)
+        self.hidden = nn.Linear(3, 6)
+        self.out = nn.Linear(6, 2)
+
+    @staticmethod
+    def words(x: torch.Tensor) -> torch.Tensor:
+        ids = (x.abs() * 4).long().clamp(max=7)
+        return torch.cat([ids, ids[:, :1].clamp(min=1)], 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.hidden(self.embedding(self.words(x)))).mean(1))
+
+
+def reader(seed: int = 0, dtype: torch.dtype = torch.float64) -> Reader:
+    generator = torch.Generator().manual_seed(seed)
+    model = Reader().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6)
+    return model
+
+
+def model_for(preset: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A model that the preset can train."""
+    return reader(dtype=dtype) if PRESETS[preset].where == "embeddings" else mlp(dtype=dtype)
 
 
 def batch(seed: int, size: int = 8, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +67,23 @@ def closure_of(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]):
     return closure
 
 
+def feed(method: Method, model: nn.Module, data, on_pass=lambda: None):
+    """What `SharpnessAware.step` takes: a closure, or a batch of instances. Each pass calls `on_pass` first."""
+    if method.needs_instances:
+
+        def losses(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            on_pass()
+            return (model(x) - y).square().mean(1)
+
+        return InstanceBatch(losses, *data)
+
+    def closure() -> torch.Tensor:
+        on_pass()
+        return closure_of(model, data)()
+
+    return closure
+
+
 def flat(tensors) -> np.ndarray:
     return np.concatenate([t.detach().double().reshape(-1).numpy() for t in tensors])
 
@@ -52,6 +101,30 @@ def gradient_at(model: nn.Module, data):
         return result.numpy()
 
     return gradient
+
+
+class Problem:
+    """A model and a batch as functions of the flat weight vector, by torch.func and not through ``p.grad``."""
+
+    def __init__(self, model: nn.Module, data) -> None:
+        self.model, self.data = model, data
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def _losses(self, vector: torch.Tensor) -> torch.Tensor:
+        parts = vector.split([s.numel() for s in self.shapes.values()])
+        weights = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        output = torch.func.functional_call(self.model, weights, (self.data[0],))
+        return (output - self.data[1]).square().mean(1)
+
+    def losses(self, w: np.ndarray) -> np.ndarray:
+        return self._losses(torch.tensor(w)).detach().numpy()
+
+    def instance_gradients(self, w: np.ndarray) -> np.ndarray:
+        return torch.func.jacrev(self._losses)(torch.tensor(w)).detach().numpy()
+
+    def gradient(self, w: np.ndarray, rows=None) -> np.ndarray:
+        gradients = self.instance_gradients(w)
+        return (gradients if rows is None else gradients[np.asarray(rows)]).mean(0)
 
 
 def groups_of(model: nn.Module, granularity: str) -> np.ndarray:
@@ -85,5 +158,17 @@ SETTINGS = {
     "layer_sam": {"epsilon": 1e-2},
     "multistep_defense": {"epsilon": 0.02, "steps": 3},
     "ga_sam": {"epsilon": 0.02, "steps": 2},
+    "efficient_sam": {"epsilon": 0.1},
+    "msam": {"epsilon": 0.1, "m": 3},
+    "fisher_sam": {"epsilon": 0.3, "sparsity": 0.6, "mask_interval": 7, "fisher_samples": 12},
+    "esam": {"epsilon": 0.1},
+    "gsam": {"epsilon": 0.1},
+    "delta_sam": {"epsilon": 0.1},
+    "instance_sam": {"epsilon": 0.1},
+    "random_sam": {"epsilon": 0.3},
+    "model_perturbation": {"epsilon": 0.1, "step_size": 0.5, "steps": 2},
+    "awp": {"epsilon": 0.05},
+    "look_sam": {"epsilon": 0.1, "interval": 3},
+    "freelb": {"epsilon": 0.1, "steps": 2},
 }
 assert SETTINGS.keys() == PRESETS.keys(), "every preset needs a test case"

@@ -8,11 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_sam import PRESETS, SharpnessAware
+from fairseq_sam import PRESETS, InstanceBatch, SharpnessAware
+from fairseq_sam.core.batch import ClosureBatch
+from fairseq_sam.core.groups import Groups
 from fairseq_sam.core.scales import build_scale
-from tests.core.models import SETTINGS, batch, closure_of, flat, groups_of, loss_of, mlp
+from fairseq_sam.core.step import SharpnessAwareStep
+from tests.core.models import SETTINGS, batch, closure_of, feed, flat, groups_of, loss_of, mlp, model_for
 
 PRESET = pytest.mark.parametrize("preset", PRESETS)
+# Presets whose only perturbation is that of the whole batch, by its gradient, in one ball.
+ONE_BALL = [
+    name
+    for name, m in PRESETS.items()
+    if m.where == "weights" and m.ascent in ("batch", "weighted") and m.m == 1 and m.mask != "random"
+]
+RANDOM = "random_sam"  # has no ascent pass
 
 
 def bits(model: nn.Module) -> list[bytes]:
@@ -28,17 +38,17 @@ def make(model: nn.Module, preset: str = "sam", lr: float = 0.05, **options) -> 
 @pytest.mark.parametrize("dropout", ["same", "fresh"])
 def test_epsilon_zero_is_the_base_optimizer_bit_for_bit(preset, steps, dropout):
     def network() -> nn.Module:
-        model = mlp(dtype=torch.float32)
-        return nn.Sequential(model[0], nn.Dropout(0.3), *model[1:])
+        return nn.Sequential(model_for(preset, torch.float32), nn.Dropout(0.3))
 
     model, plain = network(), network()
-    sam = make(model, preset, epsilon=0.0, steps=steps, dropout=dropout)
+    options = {"dropout": dropout, "interval": 1, **({} if preset == RANDOM else {"steps": steps})}
+    sam = make(model, preset, epsilon=0.0, **options)
     base = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
     for number in range(10):
         data = batch(number, dtype=torch.float32)
         torch.manual_seed(number)
         sam.step(closure_of(model, data))
-        assert sam.last_step.num_passes == steps + 1, "the passes really run"
+        assert sam.last_step.num_passes == (1 if preset == RANDOM else steps + 1), "the passes really run"
         after = torch.get_rng_state()
         torch.manual_seed(number)
         base.zero_grad()
@@ -48,64 +58,69 @@ def test_epsilon_zero_is_the_base_optimizer_bit_for_bit(preset, steps, dropout):
     assert bits(model) == bits(plain)
 
 
-@PRESET
+@pytest.mark.parametrize("preset", ONE_BALL)
 @pytest.mark.parametrize("norm", [2.0, math.inf, 1.5, 5.0])
 def test_perturbation_stays_in_the_ball(preset, norm):
     model, data = mlp(), batch(0)
-    options = {**SETTINGS[preset], "epsilon": 0.07, "steps": 4, "norm": norm}
-    sam = make(model, preset, **options)
-    before, seen = flat(model.parameters()), []
-
-    def closure():
-        seen.append(flat(model.parameters()) - before)
-        return closure_of(model, data)()
-
+    sam = make(model, preset, **{**SETTINGS[preset], "epsilon": 0.07, "steps": 4, "norm": norm})
+    method, before, seen = sam.method.at(0.05), flat(model.parameters()), []
     grads = torch.autograd.grad(loss_of(model, data), list(model.parameters()))
-    method = sam.method
+    groups = Groups(method.granularity, [0, 0, 1, 1, 2, 2])
     T = build_scale(
-        method.scale, method.granularity, [p.detach() for p in model.parameters()], grads, [0, 0, 1, 1, 2, 2],
+        method.scale, groups, [p.detach() for p in model.parameters()], grads,
         eta=method.asam_eta, max_scale=method.max_scale,
     )  # fmt: skip
-    factors = [torch.ones_like(p) if f is None else f.expand_as(p) for f, p in zip(T.factors, grads, strict=True)]
-    sam.step(closure)
-    assert len(seen) == 5 and not seen[0].any() and seen[1].any()
-    for a in seen:
-        radius = np.linalg.norm(a / flat(factors), ord=norm)
-        assert radius <= 0.07 * (1 + 1e-9)
-    assert np.linalg.norm(seen[-1] / flat(factors), ord=norm) == pytest.approx(0.07, rel=1e-9)
+    factors = flat(torch.ones_like(p) if f is None else f.expand_as(p) for f, p in zip(T.factors, grads, strict=True))
+    sam.step(feed(method, model, data, lambda: seen.append(flat(model.parameters()) - before)))
+    passes = [a for a in seen if a.any()]
+    assert not seen[0].any() and len(passes) >= 4
+    for a in passes:
+        if preset == "delta_sam" and len(passes) == 6 and any(a is p for p in passes[:2]):
+            assert np.linalg.norm(a) == pytest.approx(0.07, rel=1e-9), "the probe is in the 2-norm"
+            continue
+        in_balls = [a / factors]
+        if method.ball == "group":
+            layers = groups_of(model, "layer")
+            in_balls = [(a / factors)[layers == layer] for layer in np.unique(layers)]
+        assert all(np.linalg.norm(x, ord=norm) <= 0.07 * (1 + 1e-9) for x in in_balls)
+    if method.mask == "none":
+        assert all(np.linalg.norm(x, ord=norm) == pytest.approx(0.07, rel=1e-9) for x in in_balls), "the ball is filled"
 
 
 @PRESET
-@pytest.mark.parametrize("failing_pass", [0, 1, 2])
 @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_an_exception_restores_weights_and_gradients(preset, failing_pass, error):
-    model, data = mlp(), batch(0)
-    sam = make(model, preset, **{**SETTINGS[preset], "steps": 2})
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 0.5)
-    before, passes = bits(model), 0
+def test_an_exception_in_any_pass_restores_weights_gradients_and_buffers(preset, error):
+    data, num_calls, failing = batch(0), 0, 0
+    while failing == 0 or failing < num_calls:
+        model = model_for(preset)
+        sam = make(model, preset, **({**SETTINGS[preset]} if preset == RANDOM else {**SETTINGS[preset], "steps": 2}))
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.5)
+        before, calls = bits(model), []
 
-    def closure():
-        nonlocal passes
-        passes += 1
-        loss = closure_of(model, data)()
-        if passes == failing_pass + 1:
-            assert failing_pass == 0 or bits(model) != before, "the pass does see perturbed weights"
-            raise error
-        return loss
+        def on_pass(calls=calls, failing=failing):
+            calls.append(1)
+            if failing and len(calls) == failing:
+                raise error
 
-    with pytest.raises(type(error)):
-        sam.accumulate(closure)
-    assert bits(model) == before
-    assert all(torch.equal(p.grad, torch.full_like(p, 0.5)) for p in model.parameters())
+        if failing == 0:
+            sam.accumulate(feed(sam.method, model, data, on_pass))
+            num_calls = len(calls)
+            assert num_calls == (1 if preset == RANDOM else num_calls) and (preset == RANDOM or num_calls >= 3)
+        else:
+            with pytest.raises(type(error)):
+                sam.accumulate(feed(sam.method, model, data, on_pass))
+            assert all(torch.equal(p.grad, torch.full_like(p, 0.5)) for p in model.parameters())
+        assert bits(model) == before
+        failing += 1
 
 
-@PRESET
+@pytest.mark.parametrize("preset", [name for name, m in PRESETS.items() if m.where == "weights"])
 def test_an_interrupt_during_the_restore_still_restores(preset, monkeypatch):
-    from fairseq_sam.core.step import SharpnessAwareStep
+    from fairseq_sam.core.perturbation import WeightPerturbation
 
     model, data = mlp(), batch(0)
-    before, original, calls = bits(model), SharpnessAwareStep._restore, []
+    before, original, calls = bits(model), WeightPerturbation.restore, []
 
     def interrupted(self):
         calls.append(1)
@@ -114,9 +129,10 @@ def test_an_interrupt_during_the_restore_still_restores(preset, monkeypatch):
             raise KeyboardInterrupt
         original(self)
 
-    monkeypatch.setattr(SharpnessAwareStep, "_restore", interrupted)
+    monkeypatch.setattr(WeightPerturbation, "restore", interrupted)
+    sam = make(model, preset, **SETTINGS[preset])
     with pytest.raises(KeyboardInterrupt):
-        make(model, preset, **SETTINGS[preset]).accumulate(closure_of(model, data))
+        sam.accumulate(feed(sam.method, model, data))
     assert len(calls) == 2 and bits(model) == before
 
 
@@ -131,16 +147,16 @@ def test_weights_are_restored_bit_for_bit_where_adding_and_subtracting_would_not
 
 @PRESET
 def test_accumulated_micro_batches_add_up(preset):
-    model = mlp()
+    model, single = model_for(preset), []
     sam = make(model, preset, **SETTINGS[preset])
-    single = []
     for number in range(3):
-        sam.zero_grad()
-        sam.accumulate(closure_of(model, batch(number)))
+        sam.optimizer.zero_grad()  # the first, second and third micro-batch of one update: each has its random choices
+        sam.accumulate(feed(sam.method, model, batch(number)))
         single.append(flat(p.grad for p in model.parameters()))
+    sam = make(model, preset, **SETTINGS[preset])
     sam.zero_grad()
     for number in range(3):
-        sam.accumulate(closure_of(model, batch(number)))
+        sam.accumulate(feed(sam.method, model, batch(number)))
     np.testing.assert_array_equal(flat(p.grad for p in model.parameters()), (single[0] + single[1]) + single[2])
 
 
@@ -181,21 +197,51 @@ def test_a_zero_gradient_gives_no_perturbation_and_is_counted():
     assert bits(model) == before and sam.num_skipped == 1 and float(sam.last_step.perturbation_norm) == 0.0
 
 
+@PRESET
+def test_a_zero_gradient_gives_finite_weights(preset):
+    """A loss that does not depend on the weights: nothing to ascend, nothing to select by, no NaN."""
+    model, data = model_for(preset), batch(0)
+    sam = make(model, preset, **SETTINGS[preset])
+    if sam.method.needs_instances:
+        feeding = InstanceBatch(lambda x, y: (model(x) * 0.0).sum(1), *data)
+    else:
+
+        def feeding():
+            loss = (model(data[0]) * 0.0).sum()
+            loss.backward()
+            return loss
+
+    before = bits(model)
+    sam.step(feeding)
+    assert bits(model) == before
+    assert sam.num_skipped == num_ascents(sam.method)
+
+
+def num_ascents(method) -> int:
+    """Ascent steps along a gradient in one step on a batch of 8."""
+    parts = 8 if method.ascent == "instance" else method.m
+    return 0 if method.ascent == "random" else parts * method.num_ascents
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @PRESET
 def test_a_gradient_that_is_not_finite_gives_no_perturbation_and_is_counted(preset, bad):
-    model, data = mlp(), batch(0)
+    model, data = model_for(preset), batch(0)
     sam = make(model, preset, **{**SETTINGS[preset], "steps": 1})
     before = bits(model)
+    if sam.method.needs_instances:
+        feeding = InstanceBatch(lambda x, y: (model(x) - y).square().mean(1) * bad, *data)
+    else:
 
-    def closure():
-        assert bits(model) == before, "no pass sees perturbed weights"
-        loss = loss_of(model, data) * bad
-        loss.backward()
-        return loss
+        def feeding():
+            assert bits(model) == before or preset == RANDOM, "no pass sees perturbed weights"
+            loss = loss_of(model, data) * bad
+            loss.backward()
+            return loss
 
-    sam.accumulate(closure)
-    assert bits(model) == before and sam.num_skipped == 1
+    sam.accumulate(feeding)
+    assert bits(model) == before
+    assert sam.num_skipped == num_ascents(sam.method)
     assert not np.isfinite(flat(p.grad for p in model.parameters())).all(), "the base optimizer sees the overflow"
 
 
@@ -288,10 +334,14 @@ def test_interval_and_start():
 def test_interval_one_is_every_step(preset):
     runs = []
     for options in ({}, {"interval": 1, "start_epoch": 1, "start_update": 0}):
-        model = mlp()
-        sam = make(model, preset, **SETTINGS[preset], **options)
+        model = model_for(preset)
+        settings = {**SETTINGS[preset], "interval": 1}
+        if preset == "look_sam" and not options:
+            settings = {"epsilon": SETTINGS["sam"]["epsilon"]}  # refreshed in every update, it is SAM
+        sam = make(model, "sam" if preset == "look_sam" and not options else preset, **{**settings, **options})
         for number in range(5):
-            sam.step(closure_of(model, batch(number)))
+            torch.manual_seed(number)
+            sam.step(feed(sam.method, model, batch(number)))
         runs.append(bits(model))
     assert runs[0] == runs[1]
 
@@ -302,15 +352,14 @@ def test_resume_is_exact(preset, optimizer):
     """2 k updates equal k updates, a saved state, and k updates from it."""
 
     def start():
-        model = mlp(dtype=torch.float32)
-        sam = SharpnessAware(
-            optimizer(model.parameters(), lr=0.01), model, method=preset, interval=3, **SETTINGS[preset]
-        )
-        return model, sam
+        model = model_for(preset, torch.float32)
+        options = {**SETTINGS[preset], "interval": 3}
+        return model, SharpnessAware(optimizer(model.parameters(), lr=0.01), model, method=preset, **options)
 
     def train(model, sam, numbers):
         for number in numbers:
-            sam.step(closure_of(model, batch(number, dtype=torch.float32)))
+            torch.manual_seed(number)  # random directions and masks follow from torch's random state
+            sam.step(feed(sam.method, model, batch(number, dtype=torch.float32)))
 
     whole, sam = start()
     train(whole, sam, range(14))
@@ -348,12 +397,12 @@ def test_a_group_of_rounding_noise_explodes_without_the_cap():
     """The example of methods.md on a small scale: one tensor with a gradient of 1e-19 takes T = 1/||g|| of 1e19."""
     weights = [torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
     gradients = [torch.full((4,), 0.5, dtype=torch.float64), torch.full((4,), 1e-19, dtype=torch.float64)]
-    args = ("gradient_strength", "tensor", weights, gradients, [0, 0])
+    args = ("gradient_strength", Groups("tensor"), weights, gradients)
     free, capped = build_scale(*args), build_scale(*args, max_scale=1000.0)
     assert float(free.factors[1]) > 1e18 and free.num_capped == 0
     assert float(capped.factors[1]) == pytest.approx(1000.0 / 1.0) and capped.num_capped == 1
     assert capped.factors[0] == free.factors[0]
-    by_layer = build_scale("gradient_strength", "layer", *args[2:], max_scale=1000.0)
+    by_layer = build_scale("gradient_strength", Groups("layer", [0, 0]), *args[2:], max_scale=1000.0)
     assert by_layer.num_capped == 0 and float(by_layer.factors[1]) == pytest.approx(1.0)
 
 
@@ -362,7 +411,7 @@ def test_groups_follow_modules():
     model = mlp()
     assert len(np.unique(groups_of(model, "layer"))) == 3
     weights = [p.detach() for p in model.parameters()]
-    factors = build_scale("weight_norm", "layer", weights, weights, [0, 0, 1, 1, 2, 2]).factors
+    factors = build_scale("weight_norm", Groups("layer", [0, 0, 1, 1, 2, 2]), weights, weights).factors
     expected = math.hypot(float(weights[0].norm()), float(weights[1].norm()))
     assert float(factors[0]) == float(factors[1]) == pytest.approx(expected, rel=1e-12)
 
@@ -380,42 +429,45 @@ def test_half_precision_weights_move_from_their_masters():
         seen.append(model.weight.detach().clone())
         loss = model(torch.ones(2, 64, dtype=torch.bfloat16)).float().square().mean()
         loss.backward()
+        return loss
 
     before = model.weight.detach().clone()
-    step.ascend(run_pass, lambda gradients, _: (gradients, 1.0))
+    step.ascend(ClosureBatch(run_pass), lambda gradients, _: (gradients, 1.0))
     gradient = torch.ones(1, 64) * torch.sign(seen[0].float().sum())
-    step.descend(run_pass)
+    step.descend(ClosureBatch(run_pass))
     expected = (master + 0.5 * gradient / 8.0).to(torch.bfloat16)
     torch.testing.assert_close(seen[1], expected, rtol=1e-2, atol=1e-2)
     assert torch.equal(model.weight, before)
 
 
-@PRESET
+# Single instances have no batch statistics: methods that need them train models without BatchNorm.
+@pytest.mark.parametrize("preset", [name for name, m in PRESETS.items() if not m.needs_instances])
 def test_buffers_follow_the_clean_pass(preset):
     """BatchNorm's statistics are those of a plain step, though K + 1 passes ran; they come back after an error too."""
 
     def network() -> nn.Module:
-        model = mlp()
-        return nn.Sequential(model[0], nn.BatchNorm1d(6, dtype=torch.float64), *model[1:])
+        return nn.Sequential(model_for(preset), nn.BatchNorm1d(2, dtype=torch.float64))
 
     model, plain, data = network(), network(), batch(0)
-    sam = make(model, preset, **{**SETTINGS[preset], "steps": 2})
+    options = {} if preset == RANDOM else {"steps": 2}
+    sam = make(model, preset, **{**SETTINGS[preset], **options, "interval": 1})
     sam.step(closure_of(model, data))
     loss_of(plain, data).backward()
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
-
-    calls = []
+    same = [torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True)]
+    # A method without a pass at the unperturbed weights keeps the statistics of its first pass.
+    assert all(same) or (preset in (RANDOM, "freelb") and model[1].num_batches_tracked == 1)
+    after, calls = [buffer.clone() for buffer in model.buffers()], []
 
     def failing():
         loss = closure_of(model, batch(1))()
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == (1 if preset == RANDOM else 3):
             raise RuntimeError("boom")
         return loss
 
     with pytest.raises(RuntimeError, match="boom"):
         sam.accumulate(failing)
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), after, strict=True))
 
 
 def test_autocast_around_the_step_sees_the_perturbed_weights():
@@ -469,9 +521,10 @@ def test_gradients_combined_inside_backward_equal_those_combined_after_it():
         def run_pass(model=model):
             loss_of(model, batch(0)).backward()
             loss_of(model, batch(1)).backward()
+            return 0.0
 
-        step.ascend(run_pass, lambda gradients, _: (gradients, 1.0))
-        step.descend(run_pass, in_backward=in_backward)
+        step.ascend(ClosureBatch(run_pass), lambda gradients, _: (gradients, 1.0))
+        step.descend(ClosureBatch(run_pass), in_backward=in_backward)
         results[in_backward] = flat(p.grad for p in model.parameters())
     np.testing.assert_array_equal(results[True], results[False])
 
@@ -506,3 +559,63 @@ def test_norms_of_large_and_small_gradients():
 
     sam.accumulate(closure)
     assert sam.num_skipped == 0 and float(sam.last_step.perturbation_norm) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_a_discarded_update_leaves_nothing_behind():
+    """A micro-batch whose gradient is thrown away, by a gradient scaler for instance, does not enter LookSAM's sum."""
+    components = []
+    for discards in (False, True):
+        model = mlp()
+        sam = make(model, "look_sam", epsilon=0.1)
+        if discards:
+            sam.zero_grad()
+            sam.accumulate(closure_of(model, batch(5)))
+        sam.zero_grad()
+        sam.accumulate(closure_of(model, batch(0)))
+        components.append(sam.state_dict()["method"]["component"])
+    assert all(torch.equal(components[0][name], components[1][name]) for name in components[0])
+
+
+@pytest.mark.parametrize("descent", ["mean", "gsam"])
+def test_a_random_direction_after_a_clean_pass_leaves_unused_parameters_alone(descent):
+    model = nn.ModuleList([mlp(), nn.Linear(3, 3, dtype=torch.float64)])
+    before, seen = flat(model[1].parameters()), []
+
+    def closure():
+        seen.append(flat(model[1].parameters()))
+        return closure_of(model[0], batch(0))()
+
+    sam = make(model, "random_sam", epsilon=0.1, descent=descent, scale="weight_norm")
+    sam.step(closure)
+    assert len(seen) == 2 and all(np.array_equal(before, part) for part in seen)
+    assert float(sam.last_step.perturbation_norm) > 0
+
+
+@pytest.mark.parametrize("dropout", ["same", "fresh"])
+@pytest.mark.parametrize("ascent", ["batch", "weighted", "random"])
+def test_selection_compares_losses_under_the_same_masks(monkeypatch, dropout, ascent):
+    """At a tiny radius no loss rises by more than a little: what is chosen by is not the noise of dropout."""
+    model = nn.Sequential(nn.Dropout(0.5), mlp())
+    sam = make(model, "esam", epsilon=1e-6, mask="none", dropout=dropout, ascent=ascent)
+    rises, plain = [], SharpnessAwareStep._loss_rises
+
+    def watch(step, whole):
+        rises.append(plain(step, whole))
+        return rises[-1]
+
+    monkeypatch.setattr(SharpnessAwareStep, "_loss_rises", watch)
+    x, y = batch(0)
+    backward, forward = [], []
+    model.register_forward_pre_hook(
+        lambda module, arguments: (backward if torch.is_grad_enabled() else forward).append(len(arguments[0]) / 8)
+    )
+    sam.step(InstanceBatch(lambda x, y: (model(x) - y).square().mean(1), x, y))
+    assert 0 < float(rises[0].abs().max()) < 1e-4
+    assert sum(backward) == pytest.approx(sam.method.passes) and sum(forward) == pytest.approx(sam.method.forwards)
+
+
+def test_sharpness_is_given_where_both_passes_see_the_same_instances():
+    for preset in PRESETS:
+        sam = make(model_for(preset), preset, **SETTINGS[preset])
+        sam.step(feed(sam.method, sam._model, batch(0)))
+        assert (sam.sharpness is None) == (preset in ("efficient_sam", "esam", "random_sam"))

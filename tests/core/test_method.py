@@ -1,6 +1,8 @@
 """Bad input: every message names the keyword, the flag, the value and what is allowed."""
 
+import dataclasses
 import math
+import re
 import subprocess
 import sys
 
@@ -40,6 +42,37 @@ BAD = [
     ("max_scale", 0.0, "> 0"),
     ("max_scale", math.nan, "> 0"),
     ("exclude", "(", "regular expression"),
+    ("ascent", "adversarial", "weighted"),
+    ("ascent_fraction", 0.0, "(0, 1]"),
+    ("ascent_fraction", 1.5, "(0, 1]"),
+    ("m", 0, ">= 1"),
+    ("m", 2.0, ">= 1"),
+    ("ball", "tensor", "group"),
+    ("step_rule", "newton", "steepest"),
+    ("mask", "magnitude", "fisher"),
+    ("between", "skip", "reuse"),
+    ("where", "logits", "embeddings"),
+    ("init", "normal", "uniform"),
+    ("lr_min", -1.0, ">= 0"),
+    ("lr_max", 0.0, "> lr_min"),
+    ("epsilon_min", -0.1, "[0, epsilon"),
+    ("epsilon_min", 5.0, "[0, epsilon"),
+    ("end_epoch", 0, ">= 1"),
+    ("end_update", 0, ">= 1"),
+]
+BAD_SETTINGS = [
+    ("fisher_sam", "sparsity", 1.0, "[0, 1)"),
+    ("fisher_sam", "sparsity", -0.1, "[0, 1)"),
+    ("fisher_sam", "mask_interval", 0, ">= 1"),
+    ("fisher_sam", "fisher_samples", 0, ">= 1"),
+    ("fisher_sam", "fisher_samples", 1.5, ">= 1"),
+    ("esam", "sparsity", 1.0, "[0, 1)"),
+    ("esam", "esam_gamma", 0.0, "(0, 1]"),
+    ("esam", "esam_gamma", 1.1, "(0, 1]"),
+    ("gsam", "gsam_alpha", -1.0, ">= 0"),
+    ("gsam", "gsam_alpha", math.inf, "finite"),
+    ("delta_sam", "delta_eta", 0.0, "> 0"),
+    ("look_sam", "look_alpha", -0.5, ">= 0"),
 ]
 
 
@@ -54,9 +87,51 @@ def test_bad_values_name_flag_value_and_range(preset, option, value, allowed):
     assert allowed in message
 
 
+@pytest.mark.parametrize(("preset", "option", "value", "allowed"), BAD_SETTINGS)
+def test_bad_settings_name_flag_value_and_range(preset, option, value, allowed):
+    with pytest.raises(ValueError) as caught:
+        Method.from_preset(preset, **{option: value})
+    assert all(word in str(caught.value) for word in (f"--sam-{option.replace('_', '-')}", repr(value), allowed))
+
+
 @pytest.mark.parametrize(
     ("preset", "options", "words"),
     [
+        ("sam", {"step_rule": "gradient"}, ("--sam-step-rule", "--sam-step-size")),
+        ("sam", {"sparsity": 0.5}, ("--sam-sparsity", "--sam-mask fisher or --sam-mask random", "'none'")),
+        ("sam", {"mask_interval": 7}, ("--sam-mask-interval", "--sam-mask fisher")),
+        ("esam", {"fisher_samples": 8}, ("--sam-fisher-samples", "--sam-mask fisher", "'random'")),
+        ("sam", {"gsam_alpha": 0.1}, ("--sam-gsam-alpha", "--sam-descent gsam", "'last'")),
+        ("sam", {"esam_gamma": 0.5}, ("--sam-esam-gamma", "--sam-descent sds")),
+        ("sam", {"delta_eta": 1e-3}, ("--sam-delta-eta", "--sam-ascent weighted")),
+        ("sam", {"look_alpha": 0.5}, ("--sam-look-alpha", "--sam-between reuse")),
+        ("random_sam", {"steps": 2}, ("--sam-ascent", "--sam-steps", "one direction")),
+        ("random_sam", {"ascent_fraction": 0.5}, ("--sam-ascent-fraction",)),
+        ("random_sam", {"scale": "gradient_strength"}, ("--sam-scale", "has none")),
+        ("delta_sam", {"descent": "mean"}, ("--sam-ascent", "--sam-descent", "unweighted")),
+        ("delta_sam", {"descent": "gsam"}, ("--sam-ascent", "--sam-descent", "unweighted")),
+        ("delta_sam", {"between": "reuse"}, ("--sam-between", "unweighted")),
+        ("instance_sam", {"m": 2}, ("--sam-m", "instance")),
+        ("instance_sam", {"descent": "sds"}, ("--sam-descent", "instance")),
+        ("instance_sam", {"scope": "update"}, ("--sam-scope", "microbatch")),
+        ("msam", {"scope": "update"}, ("--sam-scope", "--sam-m", "microbatch")),
+        ("look_sam", {"descent": "mean_ascent", "steps": 2}, ("--sam-descent", "--sam-between")),
+        ("ga_sam", {"descent": "mean_ascent"}, ("--sam-descent", "--sam-steps", "base optimizer")),
+        ("random_sam", {"step_size": 0.1}, ("--sam-ascent", "--sam-step-size", "0.1", "--sam-epsilon")),
+        ("sam", {"max_scale": 5.0}, ("--sam-max-scale", "5.0", "--sam-scale")),
+        ("sam", {"lr_min": 0.5}, ("--sam-lr-min", "0.5", "--sam-epsilon-min")),
+        ("freelb", {"scale": "weight_abs"}, ("--sam-where", "--sam-scale", "weight_abs")),
+        ("sam", {"granularity": "sentence"}, ("--sam-granularity", "--sam-where")),
+        ("freelb", {"granularity": "layer"}, ("--sam-granularity", "--sam-where")),
+        ("sam", {"init": "uniform"}, ("--sam-init", "--sam-where")),
+        ("freelb", {"mask": "fisher"}, ("--sam-where", "--sam-mask")),
+        ("freelb", {"exclude": "bias"}, ("--sam-where", "--sam-exclude")),
+        ("freelb", {"scope": "update"}, ("--sam-where", "--sam-scope")),
+        ("freelb", {"m": 2}, ("--sam-where", "--sam-m")),
+        ("freelb", {"between": "reuse"}, ("--sam-between", "--sam-where")),
+        ("ga_sam", {"where": "embeddings"}, ("--sam-where", "--sam-scale")),
+        ("sam", {"lr_max": 0.1}, ("--sam-lr-max", "--sam-epsilon-min")),
+        ("sam", {"start_epoch": 5, "end_epoch": 4}, ("--sam-end-epoch", ">= 5")),
         ("sam", {"scale": "weight_abs", "granularity": "layer"}, ("--sam-scale", "--sam-granularity", "'layer'")),
         ("asam", {"granularity": "model"}, ("--sam-granularity", "'model'", "weight_norm")),
         ("ga_sam", {"asam_eta": 0.01}, ("--sam-asam-eta", "0.01", "weight_abs")),
@@ -80,20 +155,85 @@ def test_norms(given, order):
     assert Method.from_preset("sam", norm=given).norm == order
 
 
+def test_every_listed_contradiction_can_happen():
+    """The table of contradictions has no row that no combination meets."""
+    from fairseq_sam.core.method import CONTRADICTIONS
+
+    reasons = set()
+    for preset, options, _ in [m for mark in test_contradictions_are_refused.pytestmark for m in mark.args[1]]:
+        with pytest.raises(ValueError) as caught:
+            Method.from_preset(preset, **options)
+        fixed = {c.reason: re.split(r"\{[^}]*\}", c.reason) for c in CONTRADICTIONS}
+        reasons |= {reason for reason, parts in fixed.items() if all(part in str(caught.value) for part in parts)}
+    assert reasons == {c.reason for c in CONTRADICTIONS}
+
+
+def test_an_override_brings_what_follows_from_it():
+    """F_ESAM: the Fisher mask has its own sparsity. A smaller radius keeps GSAM's ratio. Embeddings mean sentences."""
+    assert Method.from_preset("esam", mask="fisher").sparsity == 0.9
+    assert Method.from_preset("gsam", epsilon=0.5).epsilon_min == pytest.approx(0.1)
+    assert Method.from_preset("gsam", epsilon=0.0).epsilon_min == 0.0
+    assert Method.from_preset("gsam", descent="last").gsam_alpha is None
+    attack = Method.from_preset("sam", where="embeddings")
+    assert (attack.granularity, attack.ball, attack.init) == ("sentence", "group", "zero")
+    assert Method.from_preset("freelb", where="weights").granularity == "model"
+    assert Method.from_preset("model_perturbation", step_rule="steepest", epsilon=0.2).eta == pytest.approx(0.3)
+
+
+def test_the_radius_follows_the_learning_rate():
+    method = Method.from_preset("gsam", epsilon=0.5, epsilon_min=0.1, lr_max=1.0, lr_min=0.2)
+    found = [method.at(rate).epsilon for rate in (2.0, 1.0, 0.6, 0.2, 0.0)]
+    assert found == pytest.approx([0.5, 0.5, 0.3, 0.1, 0.1])
+    constant = Method.from_preset("sam")
+    assert constant.at(0.3) is constant and constant.with_peak(1.0) is constant
+    rising = Method.from_preset("gsam", lr_min=0.2)
+    assert rising.with_peak(1.0).lr_max == 1.0
+    with pytest.raises(ValueError, match=r"--sam-lr-min\) must be below .* 0\.1 \(--lr\), got 0\.2.*--sam-lr-max"):
+        rising.with_peak(0.1)
+
+
+def test_end():
+    method = Method.from_preset("sam", start_update=2, end_update=6, interval=2, end_epoch=3)
+    assert [method.is_active(1, update) for update in range(8)] == [False, False, True, False, True] + [False] * 3
+    assert not method.is_active(4, 4) and method.has_ended(4, 4)
+
+
 def test_scale_alone_brings_its_granularity():
     assert Method.from_preset("sam", scale="weight_abs").granularity == "element"
 
 
-def test_presets_are_the_table_of_the_papers():
-    rows = {name: (m.scale, m.granularity, m.descent) for name, m in PRESETS.items()}
-    assert rows == {
-        "sam": ("one", "model", "last"),
-        "asam": ("weight_abs", "element", "last"),
-        "layer_sam": ("weight_over_gradient", "layer", "last"),
-        "multistep_defense": ("one", "model", "mean"),
-        "ga_sam": ("gradient_strength", "layer", "mean"),
-    }
-    assert all(m.passes == m.steps + 1 and m.interval == 1 and m.start_epoch == 1 for m in PRESETS.values())
+# T, granularity, K, descent, and the columns that differ from SAM's.
+TABLE = {
+    "sam": ("one", "model", 1, "last", {}),
+    "asam": ("weight_abs", "element", 1, "last", {}),
+    "layer_sam": ("weight_over_gradient", "layer", 1, "last", {}),
+    "multistep_defense": ("one", "model", 2, "mean", {"norm": math.inf}),
+    "ga_sam": ("gradient_strength", "layer", 1, "mean", {"norm": math.inf}),
+    "efficient_sam": ("one", "model", 1, "last", {"ascent_fraction": 0.25}),
+    "msam": ("one", "model", 1, "last", {"m": 4}),
+    "fisher_sam": ("one", "model", 1, "last", {"mask": "fisher", "sparsity": 0.9, "mask_interval": 100}),
+    "esam": ("one", "model", 1, "sds", {"mask": "random", "sparsity": 0.5, "esam_gamma": 0.5}),
+    "gsam": ("one", "model", 1, "gsam", {"gsam_alpha": 0.4, "epsilon_min": 0.01}),
+    "delta_sam": ("one", "model", 1, "last", {"ascent": "weighted", "delta_eta": 1e-4}),
+    "instance_sam": ("one", "model", 1, "last", {"ascent": "instance"}),
+    "random_sam": ("one", "model", 1, "last", {"ascent": "random"}),
+    "model_perturbation": ("one", "model", 1, "last", {"step_rule": "gradient", "step_size": 1.0}),
+    "awp": ("weight_norm", "layer", 1, "last", {"ball": "group"}),
+    "look_sam": ("one", "model", 1, "last", {"interval": 5, "between": "reuse", "look_alpha": 0.7}),
+    "freelb": (
+        "one", "sentence", 1, "mean", {"norm": math.inf, "where": "embeddings", "ball": "group", "init": "uniform"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_table_of_the_papers(name):
+    scale, granularity, steps, descent, columns = TABLE[name]
+    found, plain = PRESETS[name], PRESETS["sam"]
+    assert (found.scale, found.granularity, found.steps, found.descent) == (scale, granularity, steps, descent)
+    for field in dataclasses.fields(Method):
+        if field.name not in ("name", "epsilon", "scale", "granularity", "steps", "descent", "fisher_samples"):
+            assert getattr(found, field.name) == columns.get(field.name, getattr(plain, field.name)), field.name
 
 
 def test_model_without_trainable_parameters():

@@ -1,0 +1,187 @@
+"""The descent gradient: what the base optimizer gets, from the gradients of all passes."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fairseq_sam.core.method import Method
+
+Gradients = list[Tensor | None]
+# From this process's part of a gradient: the whole gradient, summed over workers.
+Reduce = Callable[[Gradients], Gradients]
+
+
+def local(gradients: Gradients) -> Gradients:
+    """Reduce over one worker."""
+    return gradients
+
+
+class Descent:
+    """``last``: the gradient of the last pass (SAM). Base of the other rules.
+
+    Args:
+        method: the method.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.first: Gradients = []  # g_0, where it is needed
+        self.sample_size = 0.0  # of the ascent passes
+
+    def observe(self, gradients: Gradients, sample_size: float) -> None:
+        """See the gradient of the next ascent pass."""
+        if not self.first and (self.method.descent == "gsam" or self.method.between == "reuse"):
+            self.first = gradients
+        self.sample_size = sample_size
+
+    def combine(self, i: int, gradient: Tensor | None) -> Tensor | None:
+        """Return the descent gradient of parameter `i` from the last pass's."""
+        return gradient
+
+    def combine_all(self, gradients: Gradients, sample_size: float, reduce: Reduce) -> Gradients:
+        """Return the descent gradient from that of the last pass, whose sample size may differ from the ascent's."""
+        return [self.combine(i, gradient) for i, gradient in enumerate(gradients)]
+
+    def share(self, sample_size: float) -> float:
+        """Factor that brings ascent gradients to the last pass's sample size: 1 unless the ascent saw a part."""
+        if self.method.ascent_fraction == 1 or not (self.sample_size and sample_size):
+            return 1.0
+        return sample_size / self.sample_size
+
+
+class Mean(Descent):
+    """``mean``: running mean of g_0 .. g_K (GA-SAM eq. 14). Equal gradients leave it bit for bit as it is."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__(method)
+        self._mean: Gradients = []
+        self._num = 0
+
+    def observe(self, gradients: Gradients, sample_size: float) -> None:
+        """See the gradient of the next ascent pass."""
+        super().observe(gradients, sample_size)
+        mean = self._mean or [None] * len(gradients)
+        self._mean = [_running_mean(m, g, self._num) for m, g in zip(mean, gradients, strict=True)]
+        self._num += 1
+
+    def combine(self, i: int, gradient: Tensor | None) -> Tensor | None:
+        """Extend the mean by the last pass's gradient."""
+        return _running_mean(self._mean[i] if self._mean else None, gradient, self._num)
+
+    def combine_all(self, gradients: Gradients, sample_size: float, reduce: Reduce) -> Gradients:
+        """Extend the mean by the last pass's gradient, at its sample size."""
+        share = self.share(sample_size)
+        if share != 1.0:
+            self._mean = [None if mean is None else mean * share for mean in self._mean]
+        return super().combine_all(gradients, sample_size, reduce)
+
+
+class SurrogateGap(Descent):
+    """``gsam``: ``g_s - alpha (g_0 - projection of g_0 on g_s)`` (Zhuang et al. 2022, Algorithm 1)."""
+
+    def combine_all(self, gradients: Gradients, sample_size: float, reduce: Reduce) -> Gradients:
+        """Subtract the component of the clean gradient that is orthogonal to the last pass's."""
+        alpha = self.method.gsam_alpha
+        if not alpha or not self.first:
+            return gradients
+        share = self.share(sample_size)
+        clean = self.first if share == 1.0 else [None if g is None else g * share for g in self.first]
+        ratio = projection_ratio(reduce(clean), reduce(gradients))
+        return [_surrogate(g, c, alpha, ratio) for g, c in zip(gradients, clean, strict=True)]
+
+
+DESCENTS: dict[str, type[Descent]] = {
+    "last": Descent,
+    "mean": Mean,
+    "mean_ascent": Mean,
+    "gsam": SurrogateGap,
+    "sds": Descent,
+}
+
+
+def sharpness_component(clean: Gradients, last: Gradients) -> Gradients:
+    """Component of the last pass's gradient that is orthogonal to the clean one (LookSAM, Algorithm 1)."""
+    ratio = projection_ratio(last, clean)
+    return [_minus(g, None if c is None else c * ratio.to(c.device, c.dtype)) for g, c in zip(last, clean, strict=True)]
+
+
+def add_component(
+    gradients: Gradients, component: Gradients, alpha: float, reduce: Reduce = local, num_workers: int = 1
+) -> Gradients:
+    """``g + alpha ||g|| / ||v|| v`` (LookSAM, Algorithm 1); g where v is 0.
+
+    Args:
+        gradients: g, or this worker's part of it.
+        component: v, the same on all workers.
+        alpha: weight of the component, >= 0.
+        reduce: makes g from its parts.
+        num_workers: how many workers' results are summed later, each with its share of the component.
+    """
+    length = dot(component, component).sqrt()
+    if not length > 0 or alpha == 0:
+        return gradients
+    whole = reduce(gradients)
+    factor = alpha * dot(whole, whole).sqrt() / (length * num_workers)
+    return [
+        g if v is None or g is None else g + (v * factor.to(v.device)).to(g.dtype)
+        for g, v in zip(gradients, component, strict=True)
+    ]
+
+
+def projection_ratio(of: Gradients, on: Gradients) -> Tensor:
+    """``<of, on> / ||on||^2``, 0 where `on` is 0."""
+    square = dot(on, on)
+    return torch.where(square > 0, dot(of, on) / square, torch.zeros_like(square))
+
+
+def dot(first: Gradients, second: Gradients) -> Tensor:
+    """Inner product of two gradients taken as vectors, in float64; a missing gradient counts as 0."""
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return torch.zeros((), dtype=torch.float64)
+    device = pairs[0][0].device
+    products = [torch.dot(_vector(a), _vector(b)).to(device) for a, b in pairs]
+    return torch.stack(products).sum()
+
+
+def add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Sum of two gradients, either of which may be missing."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def add_all(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Gradients:
+    """Sum of two lists of gradients."""
+    return [add(a, b) for a, b in zip(first, second, strict=True)]
+
+
+def _vector(gradient: Tensor) -> Tensor:
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    return dense.detach().reshape(-1).double()
+
+
+def _surrogate(last: Tensor | None, clean: Tensor | None, alpha: float, ratio: Tensor) -> Tensor | None:
+    if clean is None:
+        return None if last is None else last * (1.0 + alpha * ratio.to(last.device)).to(last.dtype)
+    if last is None:
+        return clean * -alpha
+    return last - alpha * (clean - last * ratio.to(last.device, last.dtype))
+
+
+def _minus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if second is None:
+        return first
+    return -second if first is None else first - second
+
+
+def _running_mean(mean: Tensor | None, gradient: Tensor | None, count: int) -> Tensor | None:
+    """Mean of `count` gradients, extended by one; a missing gradient counts as 0."""
+    if count == 0:
+        return gradient
+    if gradient is None:
+        return None if mean is None else mean * (count / (count + 1))
+    if mean is None:
+        return gradient / (count + 1)
+    return mean + (gradient - mean) / (count + 1)
