@@ -1,9 +1,12 @@
 """fairseq's edge: the only part that imports fairseq. Importing it registers everything."""
 
-from fairseq_sam.adapter import checkpoints, compatibility, config, optimizers, seam
+from fairseq_sam.adapter import checkpoints, compatibility, config, help, optimizers, regularizers, seam
 
 checkpoints.allow_checkpoint_classes()
 optimizers.register_presets()
+regularizers.register_regularized_criteria()
+help.show_flags_in_help()
 config.check_before_data_is_read()
 seam.wrap_trainer()
 compatibility.resume_with_the_same_batches()
+compatibility.run_with_numpy_2()

@@ -1,8 +1,11 @@
-"""Faults of fairseq that would hit our runs, mended in the smallest way. Runs without our optimizers are untouched."""
+"""Faults of fairseq that would hit our runs, mended in the smallest way."""
 
 import functools
+import types
 from typing import Any
 
+import numpy
+from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 
@@ -10,7 +13,7 @@ from fairseq_sam.core.method import PRESETS
 
 
 def resume_with_the_same_batches() -> None:
-    """Let a run that resumes after its first epoch see the batches of the uninterrupted run, once.
+    """Let a run that resumes after its first epoch see the batches of the uninterrupted run. Others are untouched.
 
     fairseq groups sentences into batches with the random seed of the epoch in which a process starts, and keeps them
     for all later epochs. A process that resumes in epoch 3 therefore trains on other batches than one that began in
@@ -34,6 +37,26 @@ def resume_with_the_same_batches() -> None:
 
     get_train_iterator.resumes_with_the_same_batches = True  # type: ignore[attr-defined]
     Trainer.get_train_iterator = get_train_iterator
+
+
+class _Numpy1(types.ModuleType):
+    """numpy as modules know it that were written before its version 2."""
+
+    compat = types.SimpleNamespace(long=int)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(numpy, name)
+
+    @staticmethod
+    def percentile(*args: Any, interpolation: str = "linear", **kwargs: Any) -> Any:
+        return numpy.percentile(*args, **{"method": interpolation, **kwargs})
+
+
+def run_with_numpy_2() -> None:
+    """Let ``--sample-break-mode eos`` and ``--num-batch-buckets`` work where numpy has dropped what they call."""
+    for module in (token_block_dataset, language_pair_dataset, data_utils):
+        if not hasattr(module.np, "compat"):
+            module.np = _Numpy1("numpy")
 
 
 def _starts_here(trainer: Trainer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -1,14 +1,20 @@
 """Checks of the whole configuration, before a task reads any data."""
 
 import functools
+import logging
 from argparse import Namespace
 from typing import Any
 
 from fairseq import tasks
+from fairseq.criterions import CRITERION_REGISTRY
 from omegaconf import DictConfig
 
-from fairseq_sam.adapter.optimizers import check_base, method_of
+from fairseq_sam.adapter.instance_losses import check_criterion
+from fairseq_sam.adapter.optimizers import check_base, method_of, peak_learning_rate
+from fairseq_sam.adapter.regularizers import RegularizedCriterion
 from fairseq_sam.core.method import PRESETS, TENSOR_GRANULARITIES
+
+logger = logging.getLogger(__name__)
 
 
 def check_config(cfg: Any) -> None:
@@ -25,10 +31,28 @@ def check_config(cfg: Any) -> None:
     if name not in PRESETS:
         return
     check_base(optimizer)
-    method = method_of(name, optimizer)
+    method = method_of(name, optimizer).with_peak(peak_learning_rate(cfg))
+    criterion = getattr(cfg.criterion, "_name", cfg.criterion)
+    if method.needs_losses and method.epsilon > 0 and criterion in CRITERION_REGISTRY:
+        check_criterion(CRITERION_REGISTRY[criterion])
+    if (
+        method.where == "embeddings"
+        and isinstance(CRITERION_REGISTRY.get(criterion), type)
+        and issubclass(CRITERION_REGISTRY[criterion], RegularizedCriterion)
+    ):
+        raise ValueError(
+            f"--criterion {criterion} runs several passes whose predictions it compares, and --optimizer {name} would "
+            "perturb the word embeddings of each differently; use the criterion without its regulariser, or a method "
+            "that perturbs weights"
+        )
     common, distributed = cfg.common, cfg.distributed_training
+    if method.ascent == "weighted" and (common.fp16 or common.bf16):
+        logger.warning(
+            "--optimizer %s weighs instances by second differences of their losses, which half-precision weights "
+            "round away; use --amp, which keeps fp32 weights", name,
+        )  # fmt: skip
     flat = common.fp16 and not common.memory_efficient_fp16 and not common.fp16_no_flatten_grads
-    if flat and method.granularity in TENSOR_GRANULARITIES:
+    if flat and method.has_groups and method.granularity in TENSOR_GRANULARITIES:
         raise ValueError(
             f"--fp16 flattens all parameters into one vector, but {name} uses --sam-granularity "
             f"{method.granularity}, which needs tensors; add --fp16-no-flatten-grads, or use --amp, or choose "
@@ -68,7 +92,8 @@ def _root(task_cfg: Any) -> Any:
         return parent if complete else None
     if isinstance(task_cfg, Namespace) and getattr(task_cfg, "optimizer", None) in PRESETS:
         # Tasks without a dataclass get all flags of the command line, flat.
-        sections = {"common": task_cfg, "distributed_training": task_cfg}
+        parts = ("common", "distributed_training", "optimization", "lr_scheduler")
+        sections = {**dict.fromkeys(parts, task_cfg), "criterion": getattr(task_cfg, "criterion", None)}
         optimizer = Namespace(**{**vars(task_cfg), "_name": task_cfg.optimizer})
         return _Flat(optimizer=optimizer, **sections)
     return None

@@ -4,41 +4,95 @@ from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from functools import cache
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from fairseq import optim
 from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import OPTIMIZER_DATACLASS_REGISTRY, OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimizer
 from omegaconf import DictConfig, OmegaConf
 
-from fairseq_sam.core.method import CHOICES, PRESETS, Method
+from fairseq_sam.core.memory import Memory
+from fairseq_sam.core.method import PRESETS, Method
 
 STATE_KEY = "sharpness_aware"  # where the method's state rides in the optimizer's state dict
 
 
-def _one_of(axis: str) -> str:
-    return "one of " + ", ".join(CHOICES[axis])
+class Flag(NamedTuple):
+    """A flag without its ``--sam-``."""
+
+    name: str
+    type: type
+    help: str
 
 
-# Flag (without ``--sam-``), type and help of each axis; a flag that is not given keeps the preset's value.
-SAM_FLAGS: tuple[tuple[str, type, str], ...] = (
-    ("epsilon", float, "radius of the perturbation, >= 0 (0: the base optimizer bit for bit)"),
-    ("norm", str, "norm of the ball: l2, linf or a number > 1"),
-    ("steps", int, "number K of ascent steps, >= 1; an update costs K + 1 passes"),
-    ("step_size", float, "length of one ascent step, > 0 (default: 1.5 epsilon / K)"),
-    ("scale", str, f"diagonal scale operator T: {_one_of('scale')}"),
-    ("granularity", str, f"groups of T: {_one_of('granularity')}"),
-    ("descent", str, f"gradient of the update: {_one_of('descent')} (of all K + 1 passes)"),
-    ("gradient", str, f"unit of the gradient that T sees: {_one_of('gradient')} over the micro-batch's sample size"),
-    ("start_epoch", int, "first sharpness-aware epoch, counted from 1; plain steps before it"),
-    ("start_update", int, "number of plain updates before the first sharpness-aware one"),
-    ("interval", int, "every n-th update is sharpness-aware, >= 1"),
-    ("scope", str, f"what shares a perturbation: {_one_of('scope')}"),
-    ("dropout", str, f"random masks of the ascent passes: {_one_of('dropout')} as in the last pass"),
-    ("asam_eta", float, "added to |w| by the scale weight_abs, >= 0"),
-    ("max_scale", float, "cap of a gradient-based T, in multiples of its model-wise value, > 0 (inf: no cap)"),
-    ("exclude", str, "regular expression: parameters with a matching name are not perturbed"),
-)
+# The flags by axis. A flag that is not given keeps the preset's value.
+FLAGS_BY_AXIS: dict[str, tuple[Flag, ...]] = {
+    "ball": (
+        Flag("epsilon", float, "radius of the perturbation, >= 0 (0: the base optimizer bit for bit)"),
+        Flag("norm", str, "norm of the ball: l2, linf or a number > 1"),
+        Flag("ball", str, "one ball for the whole model, or one for each group of the granularity"),
+        Flag("epsilon_min", float, "radius at learning rate lr-min, in [0, epsilon]; linear between (GSAM)"),
+        Flag("lr_max", float, "learning rate at which the radius is epsilon (default: the schedule's peak)"),
+        Flag("lr_min", float, "learning rate at which the radius is epsilon-min, >= 0"),
+    ),
+    "ascent steps": (
+        Flag("steps", int, "number K of ascent steps, >= 1"),
+        Flag("step_size", float, "length of one ascent step, > 0 (default: 1.5 epsilon / K)"),
+        Flag(
+            "step_rule", str, "steps of length step-size along the steepest ascent, or of step-size times the gradient"
+        ),
+        Flag("init", str, "the ascent starts at zero, or at uniform noise in the ball (embeddings only)"),
+        Flag("dropout", str, "random masks of the ascent passes: those of the last pass, or fresh ones"),
+    ),
+    "ascent gradient": (
+        Flag(
+            "ascent",
+            str,
+            "gradient of the batch, of the batch with delta-SAM's weights, of each instance, or a random direction",
+        ),
+        Flag("ascent_fraction", float, "share of the batch that the ascent sees, in (0, 1]"),
+        Flag("m", int, "number of parts of the batch, each with its own perturbation, >= 1"),
+        Flag("delta_eta", float, "floor of the denominator of delta-SAM's weights, > 0"),
+        Flag("gradient", str, "unit of the gradient that T sees: mean over the sample size, or sum"),
+    ),
+    "scale T": (
+        Flag("scale", str, "diagonal scale operator T; formulas are in docs/flags.md"),
+        Flag("granularity", str, "what one group of T is (sentence: embeddings only)"),
+        Flag("asam_eta", float, "added to |w| by the scale weight_abs, >= 0"),
+        Flag("max_scale", float, "cap of a gradient-based T, in multiples of its model-wise value, > 0 (inf: no cap)"),
+    ),
+    "mask": (
+        Flag("mask", str, "perturb all weights, those with most Fisher information, or random tensors"),
+        Flag("sparsity", float, "share of weights (fisher) or tensors (random) that is not perturbed, in [0, 1)"),
+        Flag("mask_interval", int, "updates between refreshes of the Fisher mask, >= 1"),
+        Flag("fisher_samples", int, "instances that the Fisher mask is made from, >= 1"),
+        Flag("exclude", str, "regular expression: parameters with a matching name are not perturbed"),
+    ),
+    "descent gradient": (
+        Flag(
+            "descent",
+            str,
+            "gradient of the update: at the last point, mean of all K + 1, mean of the first K, GSAM's "
+            "decomposition, or the last on the instances whose loss rose most (ESAM)",
+        ),
+        Flag("gsam_alpha", float, "weight of the component that gsam subtracts, >= 0"),
+        Flag("esam_gamma", float, "share of the instances that sds keeps, in (0, 1]"),
+    ),
+    "where": (
+        Flag("where", str, "perturb weights, or outputs of the word embeddings"),
+        Flag("scope", str, "one perturbation for each micro-batch, or one for the whole update"),
+    ),
+    "when": (
+        Flag("start_epoch", int, "first sharpness-aware epoch, counted from 1; plain steps before it"),
+        Flag("start_update", int, "number of plain updates before the first sharpness-aware one"),
+        Flag("end_epoch", int, "last sharpness-aware epoch; plain steps after it"),
+        Flag("end_update", int, "number of updates after which steps are plain"),
+        Flag("interval", int, "every n-th update is sharpness-aware, >= 1"),
+        Flag("between", str, "updates between: plain steps, or with the last sharpness component (LookSAM)"),
+        Flag("look_alpha", float, "weight of the reused component, in multiples of the gradient's norm, >= 0"),
+    ),
+}
+SAM_FLAGS: tuple[Flag, ...] = tuple(flag for flags in FLAGS_BY_AXIS.values() for flag in flags)
 
 
 @cache
@@ -127,6 +181,16 @@ def method_of(name: str, cfg: Any) -> Method:
     return Method.from_preset(name, **{axis: getattr(cfg, f"sam_{axis}", None) for axis, _, _ in SAM_FLAGS})
 
 
+def peak_learning_rate(cfg: Any) -> float:
+    """Return the largest learning rate of a run's schedule.
+
+    Args:
+        cfg: fairseq's whole configuration.
+    """
+    own_peak = getattr(cfg.lr_scheduler, "max_lr", None)  # schedules that rise above --lr
+    return float(max([*cfg.optimization.lr, *([own_peak] if own_peak else [])]))
+
+
 def check_base(cfg: Any) -> None:
     """Refuse an unknown base optimizer, and flags of another base than the chosen one.
 
@@ -185,7 +249,9 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         check_base(cfg)
         self.method = method_of(self.preset, cfg)
         self.base: FairseqOptimizer = optim.build_optimizer(base_config(cfg), list(params))
+        self.memory = Memory()
         self.epoch = 1
+        self.logged: set[str] = set()  # what sharpness-aware updates have logged in this run
         self.num_ascents = 0
         self.num_skipped = 0
 
@@ -284,7 +350,12 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state with the method's beside it."""
-        own = {"base": self.cfg.base_optimizer, "num_ascents": self.num_ascents, "num_skipped": self.num_skipped}
+        own = {
+            "base": self.cfg.base_optimizer,
+            "num_ascents": self.num_ascents,
+            "num_skipped": self.num_skipped,
+            **self.memory.state_dict(),
+        }
         return {**self.base.state_dict(), STATE_KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
@@ -302,6 +373,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             )
         self.num_ascents = own.get("num_ascents", 0)
         self.num_skipped = own.get("num_skipped", 0)
+        self.memory.load_state_dict(own)
         self.base.load_state_dict(base_state, optimizer_overrides)
 
 

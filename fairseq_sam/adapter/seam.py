@@ -1,30 +1,32 @@
 """The seam: ``Trainer.train_step`` is wrapped once, and ``task.train_step`` is a black box that runs once per pass."""
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from fairseq.optim import FP16Optimizer
 from fairseq.trainer import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer, unwrap
+from fairseq_sam.adapter.batches import Call, MicroBatch, Pass, Passes, UpdateBatch, joined, resized
+from fairseq_sam.adapter.embeddings import word_embeddings
+from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer, peak_learning_rate, unwrap
+from fairseq_sam.adapter.slicing import Slicer
+from fairseq_sam.adapter.workers import torch_ddp
+from fairseq_sam.core.descent import Gradients, local
+from fairseq_sam.core.fisher import SquaredGradients
+from fairseq_sam.core.perturbation import Measurements
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.step import Gradients, SharpnessAwareStep
+from fairseq_sam.core.step import SharpnessAwareStep, fisher_information, reuse, split
 
-
-class Pass(NamedTuple):
-    """What a task's ``train_step`` returns."""
-
-    loss: Any
-    sample_size: Any
-    logging_output: Any
+logger = logging.getLogger(__name__)
 
 
 def wrap_trainer() -> None:
@@ -72,14 +74,19 @@ class SharpnessAwareTrainStep:
         self._trainer = trainer
         self._optimizer = optimizer
         self._task_train_step: Callable[..., tuple[Any, Any, Any]] = trainer.task.train_step
+        self._slicer = Slicer(trainer.task)
         self.begin(samples)
 
     def begin(self, samples: Sequence[Any]) -> None:
         """Start an update with these micro-batches."""
         self._samples = samples
         self._index = -1
+        peak = peak_learning_rate(self._trainer.cfg)
+        self._method = self._optimizer.method.with_peak(peak).at(self._trainer.get_lr())
         self._step: SharpnessAwareStep[Any] | None = None
-        self._clean: list[Pass] = []
+        self._clean: Passes | None = None
+        self._offset = 0
+        self._collected = 0.0  # share of the update's instances that the Fisher mask was made from
 
     def __call__(
         self,
@@ -97,69 +104,192 @@ class SharpnessAwareTrainStep:
             The loss and logging output at the unperturbed weights, and the last pass's sample size.
         """
         self._index += 1
-
-        def run_pass(sample: Any = sample, ignore_grad: bool = ignore_grad) -> Pass:
-            return Pass(*self._task_train_step(sample, model, criterion, optimizer, update_num, ignore_grad, **extra))
-
-        if not self._optimizer.method.is_active(self._optimizer.epoch, update_num):
-            metrics.log_scalar("sam_passes", 1, weight=1, round=2)
-            return run_pass()
-        if self._optimizer.method.scope == "update":
-            return self._share_perturbation(run_pass)
-        return run_pass() if ignore_grad else self._perturb_microbatch(run_pass)
-
-    # -- scopes ----------------------------------------------------------------------------------------------------
-
-    def _perturb_microbatch(self, run_pass: Callable[..., Pass]) -> tuple[Any, Any, Any]:
-        def run_without_reduction() -> Pass:
-            with self._no_sync():
-                return run_pass()
-
-        def ascent_gradient(gradients: Gradients, result: Pass) -> tuple[Gradients, float]:
-            return gradients, self._unit(float(result.sample_size))
-
-        step: SharpnessAwareStep[Pass] = SharpnessAwareStep(self._optimizer.method, self._space())
-        clean = step.ascend(run_without_reduction, ascent_gradient)
-        last = step.descend(run_pass, in_backward=self._reduces_in_backward())
-        return self._finish(step, clean, last)
-
-    def _share_perturbation(self, run_pass: Callable[..., Pass]) -> tuple[Any, Any, Any]:
+        self._call = Call(
+            self._task_train_step, model, criterion, optimizer, update_num, extra, self._slicer, self._no_sync
+        )
+        batch = MicroBatch(self._call, sample, ignore_grad)
+        if not self._method.is_active(self._optimizer.epoch, update_num):
+            return self._step_between(batch, update_num)
         if self._index == 0:
-            step: SharpnessAwareStep[Any] = SharpnessAwareStep(self._optimizer.method, self._space())
-            self._clean = step.ascend(functools.partial(self._run_all, run_pass), self._reduce)
+            self._optimizer.memory.component = None  # that of this update is the sum over its micro-batches
+            self._refresh_mask(update_num)
+        if self._method.scope == "update":
+            return self._share_perturbation(batch)
+        if ignore_grad:
+            return self._reduced(self._last(batch).run())
+        return self._perturb_microbatch(batch)
+
+    # -- updates ---------------------------------------------------------------------------------------------------
+
+    def _step_between(self, batch: MicroBatch, update_num: int) -> Pass:
+        """A plain step, or one with the sharpness component of the last sharpness-aware update."""
+        metrics.log_scalar("sam_passes", 1, weight=1, round=2)
+        if self._optimizer.logged:  # of weight 0: a log line of plain updates alone shows numbers and not None
+            self._log_skipped()
+            for key in self._optimizer.logged:
+                metrics.log_scalar(key, 0.0, weight=0)
+        memory, method = self._optimizer.memory, self._method
+        if not memory.component or method.has_ended(self._optimizer.epoch, update_num):
+            return self._reduced(self._last(batch).run())
+        if batch.is_dummy and method.scope == "microbatch":
+            return self._reduced(batch.run())
+        shared = method.scope == "update"
+        workers = (self._sum, self._num_workers()) if shared else (local, 1)
+        finish = self._is_last_microbatch()
+        result = reuse(
+            method, self._space, memory, batch, finish=finish, shared=shared, reduce=workers[0], num_workers=workers[1]
+        )
+        return self._reduced(result)
+
+    def _perturb_microbatch(self, batch: MicroBatch) -> tuple[Any, Any, Any]:
+        def ascent_gradient(gradients: Gradients, result: Pass) -> tuple[Gradients, float]:
+            return gradients, self._unit(result)
+
+        step = self._new_step(str(self._trainer.data_parallel_rank))
+        parts = split(self._method, batch)
+        clean, last, measured = [], [], Measurements()
+        for number, (part, share) in enumerate(parts):
+            is_last = number == len(parts) - 1
+            first = step.ascend(part, ascent_gradient)
+            final = self._last(cast(MicroBatch, part)) if is_last else part
+            last.append(step.descend(final, in_backward=is_last and self._reduces_in_backward()))
+            clean.append(last[-1] if first is None else first)
+            measured.add(step.measured, share)
+        self._optimizer.num_ascents += 1
+        self._optimizer.num_skipped += measured.num_skipped
+        return self._reduced(self._finish(measured, joined(clean), joined(last)))
+
+    def _share_perturbation(self, batch: MicroBatch) -> tuple[Any, Any, Any]:
+        if self._index == 0:
+            step = self._new_step("")
+            parts = self._microbatches()
+            real = {place: part for place, part in parts.items() if not part.is_dummy}
+            self._clean = step.ascend(UpdateBatch(real or parts), self._reduced_ascent)
             self._step = step
+            self._optimizer.num_ascents += 1
         if self._step is None:  # the ascent ran out of memory; fairseq goes on with the next micro-batch
-            return run_pass()
+            return self._reduced(self._last(batch).run())
+        finish = self._is_last_microbatch()
         last = self._step.descend(
-            run_pass,
-            finish=self._index == len(self._samples) - 1,
+            self._last(batch),
+            finish=finish,
             shared=True,
             in_backward=self._reduces_in_backward(),
+            reduce=self._sum,
+            offset=None if batch.is_dummy else self._offset,
         )
-        return self._finish(self._step, self._clean[self._index], last)
+        self._offset += len(batch) if self._method.selects and not batch.is_dummy else 0
+        if finish:
+            self._optimizer.num_skipped += self._step.measured.num_skipped
+        return self._reduced(self._finish(self._step.measured, self._clean_result(last), last))
 
-    def _run_all(self, run_pass: Callable[..., Pass]) -> list[Pass]:
-        """One ascent pass over all micro-batches of the update."""
-        results = []
-        with self._no_sync():
-            for sample in self._samples:
-                prepared, is_dummy = self._trainer._prepare_sample(sample)
-                result = run_pass(prepared, is_dummy)
-                results.append(result._replace(sample_size=0.0) if is_dummy else result)
-        return results
+    def _clean_result(self, last: Pass) -> Pass:
+        """What a shared ascent's first pass returned of the micro-batch, or of the part of the update that it saw."""
+        if self._clean is None or not self._clean.results:
+            return last
+        if self._method.ascent_fraction < 1:
+            return joined(list(self._clean.results.values()))
+        return self._clean.results.get(self._index, last)
 
-    def _reduce(self, gradients: Gradients, results: list[Pass]) -> tuple[Gradients, float]:
+    def _refresh_mask(self, update_num: int) -> None:
+        """Collect single instances for the Fisher mask from the micro-batches of all workers."""
+        memory = self._optimizer.memory
+        wanted = memory.instances_wanted(self._method, self._space, update_num)
+        if not wanted:
+            return
+        real = {place: part for place, part in self._microbatches().items() if not part.is_dummy}
+        batch = UpdateBatch(real)
+        number = self._own_share(wanted, len(batch))
+        unit, salt = 1.0 / _loss_scale(self._trainer.optimizer), f"{self._trainer.data_parallel_rank}.{update_num}"
+        squares = fisher_information(self._space, batch, number, unit, salt)
+        self._collected = number / max(len(batch), 1)
+        if self._num_workers() > 1:
+            squares = self._summed_squares(squares)
+        if update_num == 0 or not memory.mask:
+            logger.info("Fisher mask: from %d of %d instances so far", squares.num_instances, wanted)
+        memory.add_squares(self._method, self._space, squares)
+
+    def _microbatches(self) -> dict[int, MicroBatch]:
+        """All micro-batches of the update, prepared as the trainer prepares them."""
+        prepared = (self._trainer._prepare_sample(sample) for sample in self._samples)
+        return {place: MicroBatch(self._call, *pair) for place, pair in enumerate(prepared)}
+
+    def _new_step(self, salt: str) -> SharpnessAwareStep[Any]:
+        embeddings = None
+        if self._method.where == "embeddings":
+            embeddings = word_embeddings(self._trainer.get_model(), self._trainer.task)
+        salt = f"{salt}.{self._call.update_num}.{self._index}"
+        return SharpnessAwareStep(self._method, self._space, self._optimizer.memory, embeddings, salt)
+
+    def _is_last_microbatch(self) -> bool:
+        return self._index == len(self._samples) - 1
+
+    # -- workers ---------------------------------------------------------------------------------------------------
+
+    def _num_workers(self) -> int:
+        return int(self._trainer.data_parallel_world_size)
+
+    def _last(self, batch: MicroBatch) -> MicroBatch:
+        """The batch for the last pass: torch's DDP reduces in it, unless gradients are reduced after it."""
+        return batch if self._reduces_after_pass() else batch.loud()
+
+    def _reduced(self, result: Any) -> Any:
+        """Do what torch's DDP and the checkpoint need at the end of a micro-batch; passes its result on."""
+        if self._reduces_after_pass() and any(r.require_backward_grad_sync for r in self._replicas()):
+            gradients = self._sum([tensor.grad for tensor in self._space.tensors])
+            for tensor, gradient in zip(self._space.tensors, gradients, strict=True):
+                tensor.grad = None if gradient is None else (gradient / self._num_workers()).to(tensor.dtype)
+        refreshed = self._method.is_active(self._optimizer.epoch, self._call.update_num)
+        if (
+            self._method.between == "reuse"
+            and refreshed
+            and self._method.scope == "microbatch"
+            and self._is_last_microbatch()
+            and self._num_workers() > 1
+        ):
+            component = self._sum(self._optimizer.memory.component_of(self._space))
+            self._optimizer.memory.component = None
+            self._optimizer.memory.add_component(self._space, component)
+        return result
+
+    def _sum(self, gradients: Gradients) -> Gradients:
+        """Sum a gradient over workers."""
+        return self._all_reduce(gradients, 0.0)[0]
+
+    def _reduced_ascent(self, gradients: Gradients, result: Passes) -> tuple[Gradients, float]:
         """Sum the ascent gradient and the sample size over workers, in one reduction."""
-        sample_size = sum(float(result.sample_size) for result in results)
-        trainer = self._trainer
-        if trainer.data_parallel_world_size > 1:
-            gradients, sample_size = _all_reduce(
-                gradients, sample_size, self._space().tensors, trainer.data_parallel_process_group
-            )
-        return gradients, self._unit(sample_size)
+        gradients, sample_size = self._all_reduce(gradients, result.sample_size)
+        return gradients, self._unit(result._replace(sample_size=sample_size))
+
+    def _all_reduce(self, gradients: Gradients, number: float) -> tuple[Gradients, float]:
+        if self._num_workers() == 1:
+            return gradients, number
+        return _all_reduce(gradients, number, self._space.tensors, self._trainer.data_parallel_process_group)
+
+    def _own_share(self, wanted: int, available: int) -> int:
+        """How many of the wanted instances this worker gives: equal shares, then what is left in order."""
+        workers, rank = self._num_workers(), int(self._trainer.data_parallel_rank)
+        if workers == 1:
+            return min(wanted, available)
+        counts = torch.zeros(workers, device=self._space.tensors[0].device)
+        counts[rank] = available
+        distributed_utils.all_reduce(counts, group=self._trainer.data_parallel_process_group)
+        limits = [int(count) for count in counts.tolist()]
+        shares = [min(limit, wanted // workers) for limit in limits]
+        for worker, limit in enumerate(limits):
+            shares[worker] += min(limit - shares[worker], wanted - sum(shares))
+        return shares[rank]
+
+    def _summed_squares(self, squares: SquaredGradients) -> SquaredGradients:
+        group = self._trainer.data_parallel_process_group
+        number = torch.tensor([float(squares.num_instances)], device=self._space.tensors[0].device)
+        for tensor in (number, *squares.sums):
+            distributed_utils.all_reduce(tensor, group=group)
+        return SquaredGradients(squares.sums, int(number))
 
     # -- what fairseq knows ----------------------------------------------------------------------------------------
 
+    @functools.cached_property
     def _space(self) -> ParameterSpace:
         modules = {"": self._trainer.get_model(), "criterion": self._trainer.get_criterion()}
         exclude = self._optimizer.method.exclude
@@ -167,17 +297,25 @@ class SharpnessAwareTrainStep:
         masters = _master_weights(self._trainer.optimizer, space.tensors)
         return space if masters is None else ParameterSpace.of(modules, exclude=exclude, masters=masters)
 
-    def _unit(self, sample_size: float) -> float:
+    def _unit(self, result: Any) -> float:
         """Factor from ``p.grad`` (summed over the sample, times the loss scale) to the method's gradient unit."""
-        divisor = (sample_size or 1.0) if self._optimizer.method.gradient == "mean" else 1.0
+        divisor = (float(result.sample_size) or 1.0) if self._method.gradient == "mean" else 1.0
         return 1.0 / (divisor * _loss_scale(self._trainer.optimizer))
 
     def _replicas(self) -> list[DistributedDataParallel]:
-        found = (_torch_ddp(module) for module in (self._trainer.model, self._trainer.criterion))
+        found = (torch_ddp(module) for module in (self._trainer.model, self._trainer.criterion))
         return [replica for replica in found if replica is not None]
 
     def _reduces_in_backward(self) -> bool:
-        return bool(self._replicas())
+        return bool(self._replicas()) and not self._reduces_after_pass()
+
+    def _reduces_after_pass(self) -> bool:
+        """Whether gradients of torch's DDP are reduced by us, once an update's last micro-batch is through.
+
+        Needed where the whole gradient is combined first; and with ``--find-unused-parameters``, since DDP takes a
+        parameter as used in its reduction that only an earlier pass without one has used (LayerDrop).
+        """
+        return self._method.combines_whole_gradient or any(r.find_unused_parameters for r in self._replicas())
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         stack = ExitStack()
@@ -187,37 +325,37 @@ class SharpnessAwareTrainStep:
 
     # -- what the user sees ----------------------------------------------------------------------------------------
 
-    def _finish(self, step: SharpnessAwareStep[Any], clean: Pass, last: Pass) -> tuple[Any, Any, Any]:
-        measured = step.measured
-        self._optimizer.num_ascents += 1 if self._step is None or self._index == 0 else 0
-        if self._step is None or self._index == len(self._samples) - 1:
-            self._optimizer.num_skipped += measured.num_skipped
-        per_sample = 1.0 / ((float(last.sample_size) or 1.0) * math.log(2))
+    def _finish(self, measured: Measurements, clean: Pass, last: Pass) -> Pass:
         logged = {
-            "sam_gnorm": (measured.gradient_norm, 4),
             "sam_eps": (measured.perturbation_norm, 8),
-            "sam_sharp": ((_value(last.loss) - _value(clean.loss)) * per_sample, 5),
-            "sam_passes": (self._optimizer.method.passes, 2),
+            "sam_passes": (measured.num_passes + self._collected, 2),
             "sam_capped": (measured.num_capped, 2),
         }
+        if self._method.has_first_pass:
+            logged["sam_gnorm"] = (measured.gradient_norm, 4)
+        if measured.num_forwards:
+            logged["sam_forwards"] = (measured.num_forwards, 2)
+        if self._method.ascent_fraction < 1:
+            clean = resized(clean, last)
+        elif self._method.measures_sharpness and clean is not last:
+            logged["sam_sharp"] = (_bits(last) - _bits(clean), 5)
+        self._optimizer.logged |= logged.keys() - {"sam_passes"}
         for key, (value, digits) in logged.items():
             metrics.log_scalar(key, _value(value), weight=1, round=digits)
+        self._log_skipped()
+        return Pass(clean.loss, last.sample_size, clean.logging_output)
+
+    def _log_skipped(self) -> None:
         metrics.log_scalar("sam_skipped", self._optimizer.num_skipped, weight=0)
-        return clean.loss, last.sample_size, clean.logging_output
+
+
+def _bits(result: Pass) -> float:
+    """Loss per unit of sample size, in bits as fairseq's own losses."""
+    return _value(result.loss) / ((float(result.sample_size) or 1.0) * math.log(2))
 
 
 def _value(number: Any) -> float:
     return float(number.detach()) if isinstance(number, Tensor) else float(number)
-
-
-def _torch_ddp(module: nn.Module) -> DistributedDataParallel | None:
-    """Find torch's DDP inside fairseq's proxies."""
-    candidate: Any = module
-    while isinstance(candidate, nn.Module):
-        if isinstance(candidate, DistributedDataParallel):
-            return candidate
-        candidate = vars(candidate).get("_modules", {}).get("module")
-    return None
 
 
 def _wrappers(optimizer: Any) -> list[Any]:

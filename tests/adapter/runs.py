@@ -15,6 +15,8 @@ from fairseq import checkpoint_utils, options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 
+from fairseq_sam import PRESETS
+
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = str(ROOT / "fairseq_sam")
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
@@ -35,6 +37,22 @@ COMMON = (
 
 def common_flags() -> list[str]:
     return COMMON.format(plugin=PLUGIN).split()
+
+
+def shares_a_perturbation(preset: str) -> bool:
+    """Whether the preset allows the scope of a whole update."""
+    method = PRESETS[preset]
+    return method.ascent != "instance" and method.m == 1 and method.where == "weights"
+
+
+SCOPED = [
+    (p, scope) for p in PRESETS for scope in ("microbatch", "update") if scope[0] == "m" or shares_a_perturbation(p)
+]
+
+
+def steps_flag(preset: str, steps: int) -> list[str]:
+    """Several ascent steps, for presets that take them."""
+    return [] if PRESETS[preset].ascent == "random" else ["--sam-steps", str(steps)]
 
 
 def write_translation_data(folder: Path) -> Path:

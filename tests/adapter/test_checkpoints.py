@@ -17,21 +17,30 @@ def run_flags(preset):
     return [
         *runs.TRANSLATION, "--optimizer", preset, "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1.0",
         "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "4", "--update-freq", "2",
-        "--sam-interval", "2", "--sam-start-update", "3", "--sam-dropout", "fresh", "--sam-steps", "2",
+        "--sam-interval", "2", "--sam-start-update", "3", "--sam-dropout", "fresh", *runs.steps_flag(preset, 2),
+        *FISHER.get(preset, []),
     ]  # fmt: skip
+
+
+# Update 4 collects what it can of 100 instances, update 6 more, and so on: the resume is in the middle of it.
+FISHER = {"fisher_sam": ["--sam-fisher-samples", "100", "--sam-sparsity", "0.5", "--sam-mask-interval", "7"]}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_resume_is_exact(translation_data, tmp_path, preset):
     """12 updates equal 6 updates, a resume and 6 more, bit for bit: weights, optimizer state, method state."""
     whole = runs.train(translation_data, tmp_path / "whole", *run_flags(preset), "--max-update", "12")
-    runs.train(translation_data, tmp_path / "parts", *run_flags(preset), "--max-update", "6")
+    half = runs.train(translation_data, tmp_path / "parts", *run_flags(preset), "--max-update", "6")
     resumed = runs.train(translation_data, tmp_path / "parts", *run_flags(preset), "--max-update", "12")
     assert whole["optimizer_history"][-1]["num_updates"] == 12
     assert runs.same_bits(whole["model"], resumed["model"])
     assert runs.same_state(whole["last_optimizer_state"], resumed["last_optimizer_state"])
     method = whole["last_optimizer_state"]["sharpness_aware"]
     assert method["num_ascents"] >= 5, "updates 4, 6, 8, 10 and 12 are sharpness-aware"
+    assert ("fisher" in method) == (preset == "fisher_sam") and ("component" in method) == (preset == "look_sam")
+    if preset == "fisher_sam":
+        begun = half["last_optimizer_state"]["sharpness_aware"]["fisher"]
+        assert begun["sums"] and 0 < begun["num_instances"] < 100
 
 
 @pytest.mark.parametrize("stop", [8, 12, 15])

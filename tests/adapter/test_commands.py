@@ -178,3 +178,25 @@ def test_hydra_train_refuses_bad_values_before_data(tmp_path):
     )  # fmt: skip
     assert done.returncode != 0
     assert "interval (--sam-interval) must be an integer >= 1, got 0" in done.stderr + done.stdout
+
+
+def test_help_lists_methods_and_flags_by_axis():
+    from fairseq_sam import PRESETS
+    from fairseq_sam.adapter.optimizers import FLAGS_BY_AXIS
+
+    shown = fairseq("train", "--user-dir", runs.PLUGIN, "--help")
+    assert "--max-tokens" in shown, "fairseq's own flags are still there"
+    assert all(re.search(rf"--optimizer {name}\s", shown) for name in PRESETS) and "--base-optimizer" in shown
+    rest = shown
+    for axis, flags in FLAGS_BY_AXIS.items():
+        _, heading, rest = rest.partition(f"sharpness-aware: {axis} ")
+        assert heading, f"{axis} comes in its order"
+        assert all(re.search(rf"^  --sam-{flag.name.replace('_', '-')} ", rest, re.MULTILINE) for flag in flags)
+
+
+def test_the_list_of_methods_from_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "fairseq_sam"], capture_output=True, text=True, cwd=runs.ROOT)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[0].split() == ["method", "passes", "copies"] and len(lines) == 20
+    done = subprocess.run([sys.executable, "-m", "fairseq_sam", "sam2"], capture_output=True, text=True, cwd=runs.ROOT)
+    assert done.returncode == 2 and "ga_sam" in done.stderr and "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fairseq_sam import PRESETS
 from fairseq_sam.adapter.optimizers import unwrap
 from fairseq_sam.adapter.seam import _loss_scale, _master_weights
 from tests.adapter import runs
@@ -73,8 +74,12 @@ def test_flat_masters_are_cut_in_the_parameters_order():
     assert (masters[0] == 2.25).all() and (masters[1] == 1.25).all()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: fp16, AMP and CUDA's random state need one")
+def on_gpu(test):
+    reason = "no CUDA device: fp16, AMP and CUDA's random state need one"
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)(test))
+
+
+@on_gpu
 @pytest.mark.parametrize("mode", ON_GPU)
 def test_epsilon_zero_on_a_gpu(translation_data, monkeypatch, mode):
     monkeypatch.setattr(runs, "COMMON", runs.COMMON.replace(" --cpu", ""))
@@ -86,3 +91,29 @@ def test_epsilon_zero_on_a_gpu(translation_data, monkeypatch, mode):
     assert runs.same_bits(plain, found)
     _, moved = states(translation_data, ON_GPU[mode], "--optimizer", "ga_sam", "--sam-norm", "linf")
     assert not runs.same_bits(plain, moved) and all(torch.isfinite(w).all() for w in moved.values())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("mode", ON_CPU)
+def test_every_preset_trains_in_half_precision(translation_data, mode, preset):
+    """The radius is large enough for the weights' rounding; nothing overflows, and the loss scale stays."""
+    few = ["--sam-fisher-samples", "4"] if PRESETS[preset].mask == "fisher" else []
+    epsilon = ["--sam-epsilon", "0.5"] if preset not in ("layer_sam", "ga_sam", "multistep_defense", "freelb") else []
+    _, plain = states(translation_data, ON_CPU[mode], "--optimizer", "adam")
+    trainer, found = states(translation_data, ON_CPU[mode], "--optimizer", preset, *few, *epsilon)
+    assert _loss_scale(trainer.optimizer) == 4.0 and unwrap(trainer.optimizer).num_skipped == 0
+    assert all(w.dtype == torch.float16 and torch.isfinite(w).all() for w in found.values())
+    assert not runs.same_bits(plain, found)
+
+
+@on_gpu
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("mode", ["amp", "fp32", "fp16 not flat", "bf16"])
+def test_every_preset_on_a_gpu(translation_data, monkeypatch, mode, preset):
+    """Masks, random directions and losses of instances live on the device; nothing overflows."""
+    monkeypatch.setattr(runs, "COMMON", runs.COMMON.replace(" --cpu", ""))
+    flags = {**ON_GPU, "bf16": ["--bf16", "--fp16-no-flatten-grads"]}[mode]
+    few = ["--sam-fisher-samples", "4"] if PRESETS[preset].mask == "fisher" else []
+    trainer, found = states(translation_data, flags, "--optimizer", preset, *few)
+    assert next(trainer.model.parameters()).is_cuda and unwrap(trainer.optimizer).num_skipped == 0
+    assert all(torch.isfinite(w).all() for w in found.values())

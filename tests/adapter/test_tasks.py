@@ -56,6 +56,10 @@ RECIPES = {
 }  # fmt: skip
 
 
+# Methods without a pass at the unperturbed weights and embeddings, whose first pass is all there is to log.
+NOT_CLEAN = ("random_sam", "freelb")
+
+
 @pytest.fixture
 def data_of(translation_data, language_model_data, classification_data):
     return {"translation": translation_data, "lm": language_model_data, "cls": classification_data}
@@ -83,7 +87,12 @@ def test_epsilon_zero_on_every_task(data_of, name):
 def test_presets_on_every_task(data_of, name, preset):
     kind, recipe = RECIPES[name]
     plain, clean = trained(data_of[kind], recipe, "--optimizer", "adam")
-    found, logged = trained(data_of[kind], recipe, "--optimizer", preset)
+    more = ["--sam-fisher-samples", "4", "--sam-sparsity", "0.5"] if PRESETS[preset].mask == "fisher" else []
+    more += ["--sam-epsilon", "0.05", "--max-tokens", "100"] if preset == "instance_sam" else []
+    found, logged = trained(data_of[kind], recipe, "--optimizer", preset, *more)
     assert all(torch.isfinite(w).all() for w in found.values())
     assert not runs.same_bits(plain, found)
-    assert logged[0]["loss"] == clean[0]["loss"], "the logged loss of the first update is the clean one"
+    if not PRESETS[preset].needs_instances and preset not in NOT_CLEAN:
+        assert logged[0]["loss"] == pytest.approx(clean[0]["loss"]), (
+            "the logged loss of the first update is the clean one"
+        )

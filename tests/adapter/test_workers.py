@@ -8,29 +8,41 @@ import sys
 import pytest
 import torch
 
+from fairseq_sam import PRESETS
 from tests.adapter import runs
 
 pytestmark = pytest.mark.slow
 GA_SAM = ("--optimizer", "ga_sam", "--sam-norm", "linf", "--sam-steps", "2")
 
 
-def run_two(data, out, backend, *flags):
+def run_pair(data, out, backend, cases):
+    """Run cases, flags by name, on two workers; returns what each worker has at the end of each case."""
     out.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tests.adapter.worker"]
+    flags = json.dumps({name: [*runs.TRANSLATION, *case] for name, case in cases.items()})
     workers = [
         subprocess.Popen(
-            [*command, str(rank), str(port), str(data), str(out), backend, *runs.TRANSLATION, *flags],
+            [*command, str(rank), str(port), str(data), str(out), backend, flags],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=runs.ROOT,
         )
         for rank in range(2)
     ]  # fmt: skip
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), outputs[0][-2000:] + outputs[1][-2000:]
-    reductions = [json.loads((out / f"{rank}.json").read_text())["reductions"] for rank in range(2)]
-    return [torch.load(out / f"{rank}.pt") for rank in range(2)], reductions
+    try:
+        outputs = [worker.communicate(timeout=500)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert all(worker.returncode == 0 for worker in workers), outputs[0][-3000:] + outputs[1][-3000:]
+    return {name: [torch.load(out / f"{name}.{rank}.pt") for rank in range(2)] for name in cases}
+
+
+def run_two(data, out, backend, *flags):
+    states = run_pair(data, out, backend, {"case": flags})["case"]
+    reductions = [json.loads((out / f"case.{rank}.json").read_text())["reductions"] for rank in range(2)]
+    return [state["weights"] for state in states], reductions
 
 
 SGD = ("--base-optimizer", "sgd", "--lr", "0.5", "--dropout", "0.0")
@@ -57,6 +69,50 @@ def test_two_workers_equal_one_with_all_their_micro_batches(translation_data, tm
             torch.testing.assert_close(weights, expected[name], rtol=0, atol=5e-6)
 
 
+# Settings without random choices, so that one process with all micro-batches is the same run.
+ALIKE = {
+    "sam": [], "asam": [], "layer_sam": ["--sam-epsilon", "1e-3"], "multistep_defense": [], "ga_sam": [],
+    "efficient_sam": [], "msam": [], "gsam": ["--sam-epsilon", "0.3"], "instance_sam": [],
+    "awp": ["--sam-epsilon", "0.1"],
+    "model_perturbation": ["--sam-step-size", "0.1"],
+    "esam": ["--sam-mask", "none"],
+    "look_sam": ["--sam-interval", "2", "--sam-epsilon", "0.3"],
+    "freelb": ["--sam-init", "zero", "--sam-epsilon", "0.3"],
+    "fisher_sam": ["--sam-fisher-samples", "1000", "--sam-mask-interval", "1", "--sam-epsilon", "0.3"],
+}  # fmt: skip
+RANDOM = {
+    "delta_sam": [], "random_sam": [], "swp": ["--optimizer", "esam"], "noise": ["--optimizer", "freelb"],
+    "some_instances": ["--optimizer", "fisher_sam", "--sam-fisher-samples", "5", "--sam-sparsity", "0.5"],
+    "gsam_update": ["--optimizer", "gsam", "--sam-scope", "update", "--sam-epsilon", "0.3"],
+    "look_update": ["--optimizer", "look_sam", "--sam-scope", "update", "--sam-interval", "2", "--sam-epsilon", "0.3"],
+    "quarter_ga_sam": ["--optimizer", "ga_sam", "--sam-ascent-fraction", "0.25"],
+    "delta_update": ["--optimizer", "delta_sam", "--sam-scope", "update"],
+}  # fmt: skip
+
+
+def case_flags(name, options):
+    preset = [] if "--optimizer" in options else ["--optimizer", name]
+    return [*preset, *options, *SGD]
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+def test_every_preset_on_two_workers(translation_data, tmp_path, backend):
+    """Replicas end bit-equal, masks and components included; where nothing is random, as one process would."""
+    assert {*ALIKE, "delta_sam", "random_sam"} == set(PRESETS)
+    cases = {name: case_flags(name, options) for name, options in {**ALIKE, **RANDOM}.items()}
+    found = run_pair(translation_data, tmp_path / "pair", backend, cases)
+    for name, flags in cases.items():
+        first, second = found[name]
+        assert runs.same_bits(first["weights"], second["weights"]), f"{name}: replicas diverge"
+        assert runs.same_state(first["method"], second["method"]), f"{name}: the method's state diverges"
+        assert all(torch.isfinite(w).all() for w in first["weights"].values())
+        if name in ALIKE or name in ("gsam_update", "look_update", "quarter_ga_sam"):
+            expected, plain = run_one(translation_data, *flags), run_one(translation_data, *flags, "--sam-epsilon", "0")
+            moved = max(float((expected[key] - plain[key]).abs().max()) for key in expected)
+            off = max(float((expected[key] - first["weights"][key]).abs().max()) for key in expected)
+            assert moved > 2e-5 and off < 5e-6 + 0.02 * moved, f"{name}: moved {moved}, off by {off}"
+
+
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
 @pytest.mark.parametrize("scope", ["microbatch", "update"])
 def test_two_workers(translation_data, tmp_path, backend, scope):
@@ -70,3 +126,28 @@ def test_two_workers(translation_data, tmp_path, backend, scope):
     assert not runs.same_bits(plain[0], moved[0])
     expected = 0 if scope == "microbatch" else 3 * 2  # one reduction per ascent step of each of three updates
     assert reductions == [expected, expected]
+
+
+LAYERDROP = ("--encoder-layers", "3", "--encoder-layerdrop", "0.5", "--find-unused-parameters")
+
+
+def test_parameters_that_only_some_passes_use(translation_data, tmp_path):
+    """LayerDrop under torch's DDP: a layer that the ascent used and the last pass did not, in both micro-batches."""
+    plain = ("--optimizer", "adam", *LAYERDROP)
+    cases = {
+        "adam": plain,
+        "zero": ("--optimizer", "ga_sam", "--sam-epsilon", "0", *LAYERDROP),
+        "sam": ("--optimizer", "sam", *LAYERDROP),
+        "fresh": ("--optimizer", "sam", "--sam-dropout", "fresh", *LAYERDROP),
+        "update": ("--optimizer", "ga_sam", "--sam-scope", "update", *LAYERDROP),
+        "between": ("--optimizer", "gsam", "--sam-interval", "2", *LAYERDROP),
+        "msam": ("--optimizer", "msam", *LAYERDROP),
+        "fisher": ("--optimizer", "fisher_sam", "--sam-fisher-samples", "8", *LAYERDROP),
+    }
+    found = run_pair(translation_data, tmp_path / "pair", "pytorch_ddp", cases)
+    for name, (first, second) in found.items():
+        assert runs.same_bits(first["weights"], second["weights"]), f"{name}: replicas diverge"
+        assert all(torch.isfinite(w).all() for w in first["weights"].values())
+    adam, zero = found["adam"][0]["weights"], found["zero"][0]["weights"]
+    assert all(torch.allclose(adam[key], zero[key], rtol=0, atol=1e-6) for key in adam)
+    assert not runs.same_bits(adam, found["sam"][0]["weights"])

@@ -1,4 +1,4 @@
-"""One of two workers of a data-parallel run on CPU (gloo); started by test_workers.py."""
+"""One of two workers of data-parallel runs on CPU (gloo); started by test_workers.py, runs one case after the other."""
 
 import json
 import os
@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 import fairseq_sam  # noqa: F401
 from fairseq_sam.adapter import seam
+from fairseq_sam.adapter.optimizers import unwrap
 from tests.adapter import runs
 
 
 def main() -> None:
-    rank, port, data, out, backend, *flags = sys.argv[1:]
+    rank, port, data, out, backend, cases = sys.argv[1:]
     reductions = []
     all_reduce = seam._all_reduce
     seam._all_reduce = lambda *args: reductions.append(1) or all_reduce(*args)
@@ -24,8 +25,21 @@ def main() -> None:
 
         ddp = wrapping.DistributedDataParallel
         wrapping.DistributedDataParallel = lambda *a, device_ids, output_device, **k: ddp(*a, **k)
-        seam.DistributedDataParallel = ddp
     from fairseq.distributed import utils as distributed_utils
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=int(rank))
+    distributed_utils._USE_XLA = False
+    for name, flags in json.loads(cases).items():
+        reductions.clear()
+        trainer = train(data, rank, port, backend, flags)
+        state = {key: p.detach().clone() for key, p in trainer.get_model().named_parameters()}
+        method = unwrap(trainer.optimizer).memory.state_dict() if unwrap(trainer.optimizer) else {}
+        torch.save({"weights": state, "method": method}, Path(out) / f"{name}.{rank}.pt")
+        (Path(out) / f"{name}.{rank}.json").write_text(json.dumps({"reductions": len(reductions)}))
+
+
+def train(data: str, rank: str, port: str, backend: str, flags: list[str]):
     from fairseq.logging import metrics
 
     cfg = runs.configuration([
@@ -33,10 +47,7 @@ def main() -> None:
         "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-backend", "gloo",
         "--distributed-no-spawn", "--ddp-backend", backend,
     ])  # fmt: skip
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=int(rank))
     cfg.distributed_training.distributed_rank = int(rank)
-    distributed_utils._USE_XLA = False
     trainer, batches = runs.trainer_of(cfg)
     trainer.reset_dummy_batch(batches[0])
     for number in range(3):
@@ -45,9 +56,7 @@ def main() -> None:
             micro = [{}, {}]  # a shard that has run out of data: fairseq runs dummy batches
         with metrics.aggregate():
             trainer.train_step(micro)
-    state = {name: p.detach().clone() for name, p in trainer.get_model().named_parameters()}
-    torch.save(state, Path(out) / f"{rank}.pt")
-    (Path(out) / f"{rank}.json").write_text(json.dumps({"reductions": len(reductions)}))
+    return trainer
 
 
 if __name__ == "__main__":

@@ -1,0 +1,257 @@
+"""fairseq's micro-batches as the engine's batches: ``task.train_step`` is a black box that runs once per pass."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from fairseq.optim import AMPOptimizer
+from torch import Tensor
+
+from fairseq_sam.adapter.instance_losses import Captured, capture_output, instance_losses
+from fairseq_sam.adapter.slicing import COUNTS, Slicer
+
+LOGGED_COUNTS = (*COUNTS, "sample_size")
+
+
+class Pass(NamedTuple):
+    """What a task's ``train_step`` returns."""
+
+    loss: Any
+    sample_size: Any
+    logging_output: Any
+
+
+class Call(NamedTuple):
+    """How ``task.train_step`` is called in the running update.
+
+    Attributes:
+        train_step: the task's own method.
+        model: the model as the trainer passes it, possibly wrapped.
+        criterion: the criterion.
+        optimizer: the trainer's optimizer, possibly a wrapper of ours.
+        update_num: number of updates done so far.
+        extra: further keyword arguments.
+        slicer: cuts samples of the task.
+        no_sync: makes a context in which torch's DDP does not reduce gradients.
+    """
+
+    train_step: Callable[..., tuple[Any, Any, Any]]
+    model: Any
+    criterion: Any
+    optimizer: Any
+    update_num: int
+    extra: Mapping[str, Any]
+    slicer: Slicer
+    no_sync: Callable[[], AbstractContextManager[Any]]
+
+
+class MicroBatch:
+    """A sample of fairseq.
+
+    Args:
+        call: how the task is called.
+        sample: what the data loader gave, on its device.
+        is_dummy: stands in for a missing sample of this worker; gives no gradient.
+        synchronises: backward passes reduce gradients over workers as torch's DDP does.
+    """
+
+    def __init__(self, call: Call, sample: Any, is_dummy: bool = False, synchronises: bool = False) -> None:
+        self._call = call
+        self._sample = sample
+        self._is_dummy = is_dummy
+        self._synchronises = synchronises
+
+    def __len__(self) -> int:
+        """Return the number of instances.
+
+        Raises:
+            UnsliceableBatchError: if they cannot be told apart.
+        """
+        return self._call.slicer.num_instances(self._sample)
+
+    @property
+    def is_dummy(self) -> bool:
+        """Whether the batch stands in for a missing one."""
+        return self._is_dummy
+
+    def loud(self) -> "MicroBatch":
+        """Return the same batch, whose backward passes reduce gradients over workers."""
+        return MicroBatch(self._call, self._sample, self._is_dummy, synchronises=True)
+
+    def select(self, indices: Sequence[int]) -> "MicroBatch":
+        """Return a batch of some instances, with its counts.
+
+        Raises:
+            UnsliceableBatchError: if they cannot be told apart.
+        """
+        sample = self._call.slicer.select(self._sample, list(indices))
+        return MicroBatch(self._call, sample, self._is_dummy, self._synchronises)
+
+    def run(self) -> Pass:
+        """Run forward and backward."""
+        call = self._call
+        with nullcontext() if self._synchronises else call.no_sync():
+            arguments = (self._sample, call.model, call.criterion, call.optimizer, call.update_num, self._is_dummy)
+            result = Pass(*call.train_step(*arguments, **call.extra))
+        return result._replace(sample_size=result.sample_size * 0) if self._is_dummy else result
+
+    def run_with_losses(self) -> tuple[Pass, Tensor]:
+        """Run forward and backward; return the losses of the instances as well."""
+        with capture_output(self._call.criterion, self._call.model) as captured:
+            result = self.run()
+        with torch.no_grad():
+            return result, self._losses(captured, result.loss)
+
+    def run_weighted(self, weights: Tensor) -> Pass:
+        """Run forward, and backward of the weighted sum of the instances' losses."""
+        plain_backward = self._call.optimizer.backward
+        with capture_output(self._call.criterion, self._call.model) as captured:
+
+            def backward(loss: Tensor) -> None:
+                losses = self._losses(captured, loss)
+                total = (weights.to(losses.device, losses.dtype) * losses).sum()
+                plain_backward(total * 0.0 if self._is_dummy else total)
+
+            with _shadowed(self._call.optimizer, backward):
+                return self.run()
+
+    def losses(self) -> Tensor:
+        """Run forward without gradient; return the losses of the instances."""
+        with (
+            torch.no_grad(),
+            self._call.no_sync(),
+            capture_output(self._call.criterion, self._call.model) as captured,
+            _shadowed(self._call.optimizer, lambda loss: None),
+        ):
+            result = self._quiet().run()
+            return self._losses(captured, result.loss)
+
+    def _quiet(self) -> "MicroBatch":
+        return MicroBatch(self._call, self._sample, self._is_dummy) if self._synchronises else self
+
+    def _losses(self, captured: Captured, loss: Any) -> Tensor:
+        call = self._call
+        device = "cuda" if torch.is_tensor(loss) and loss.is_cuda else "cpu"
+        with torch.autocast(device, enabled=isinstance(call.optimizer, AMPOptimizer) and device == "cuda"):
+            # A dummy's loss is multiplied by 0 on its way, so there is nothing to compare with.
+            expected = None if self._is_dummy else loss
+            return instance_losses(call.criterion, call.model, captured, self._sample, len(self), expected)
+
+
+class Passes(NamedTuple):
+    """What a pass over all micro-batches of an update returns.
+
+    Attributes:
+        results: result of each micro-batch, by its place in the update.
+        sample_size: their sum; that of a dummy is 0.
+    """
+
+    results: dict[int, Pass]
+    sample_size: float
+
+
+class UpdateBatch:
+    """All micro-batches of an update as one batch.
+
+    Args:
+        parts: micro-batches, by place in the update.
+    """
+
+    def __init__(self, parts: Mapping[int, MicroBatch]) -> None:
+        self._parts = dict(parts)
+
+    def __len__(self) -> int:
+        """Return the number of instances."""
+        return sum(len(part) for part in self._parts.values())
+
+    def run(self) -> Passes:
+        """Run forward and backward of every micro-batch."""
+        return self._collect({place: part.run() for place, part in self._parts.items()})
+
+    def run_with_losses(self) -> tuple[Passes, Tensor]:
+        """Run forward and backward; return the losses of the instances as well."""
+        pairs = {place: part.run_with_losses() for place, part in self._parts.items()}
+        losses = torch.cat([losses for _, losses in pairs.values()])
+        return self._collect({place: result for place, (result, _) in pairs.items()}), losses
+
+    def run_weighted(self, weights: Tensor) -> Passes:
+        """Run forward, and backward of the weighted sum of the instances' losses."""
+        split = torch.split(weights, [len(part) for part in self._parts.values()])
+        pairs = zip(self._parts.items(), split, strict=True)
+        return self._collect({place: part.run_weighted(share) for (place, part), share in pairs})
+
+    def losses(self) -> Tensor:
+        """Run forward without gradient; return the losses of the instances."""
+        return torch.cat([part.losses() for part in self._parts.values()])
+
+    def select(self, indices: Sequence[int]) -> "UpdateBatch":
+        """Return a batch of some instances, in the order of the micro-batches."""
+        chosen, start, parts = sorted(indices), 0, {}
+        for place, part in self._parts.items():
+            rows = [i - start for i in chosen if start <= i < start + len(part)]
+            if rows:
+                parts[place] = part.select(rows)
+            start += len(part)
+        return UpdateBatch(parts)
+
+    def _collect(self, results: dict[int, Pass]) -> Passes:
+        return Passes(results, sum(float(result.sample_size) for result in results.values()))
+
+
+def joined(results: Sequence[Pass]) -> Pass:
+    """Join the results of the parts of a micro-batch into that of the whole."""
+    if len(results) == 1:
+        return results[0]
+    loss = sum(result.loss for result in results)
+    sample_size = sum(result.sample_size for result in results)
+    outputs = [result.logging_output for result in results]
+    return Pass(loss, sample_size, {key: _joined_values([output[key] for output in outputs]) for key in outputs[0]})
+
+
+def resized(part: Pass, whole: Pass) -> Pass:
+    """Bring the result of a part of a micro-batch to the size of the whole: its counts, and sums in proportion.
+
+    Args:
+        part: a pass over some of the instances.
+        whole: a pass over all of them; gives the counts only.
+    """
+    ratio = float(whole.sample_size) / (float(part.sample_size) or 1.0)
+    if ratio == 1.0:
+        return part
+    output = {
+        key: whole.logging_output[key]
+        if key in LOGGED_COUNTS and key in whole.logging_output
+        else _scaled(value, ratio)
+        for key, value in part.logging_output.items()
+    }
+    return Pass(part.loss * ratio, whole.sample_size, output)
+
+
+def _scaled(value: Any, ratio: float) -> Any:
+    is_sum = not isinstance(value, bool | str | list | tuple) and value is not None and math.prod(np.shape(value)) == 1
+    return value * ratio if is_sum else value
+
+
+def _joined_values(values: Sequence[Any]) -> Any:
+    """Counts and sums add up, predictions are strung together; anything else is that of the first part."""
+    first = values[0]
+    if isinstance(first, bool | str) or first is None:
+        return first
+    if isinstance(first, list | tuple):
+        return [value for part in values for value in part]
+    if all(math.prod(np.shape(value)) == 1 for value in values):  # also the adaptive loss, a tensor of shape (1,)
+        return sum(values)
+    return torch.cat(list(values)) if torch.is_tensor(first) else np.concatenate(values)
+
+
+@contextmanager
+def _shadowed(optimizer: Any, backward: Callable[[Tensor], None]) -> Iterator[None]:
+    """Let ``optimizer.backward`` be another function; on the instance, so that its class stays what it is."""
+    optimizer.backward = backward
+    try:
+        yield
+    finally:
+        del optimizer.backward

@@ -1,0 +1,223 @@
+"""The loss of every instance of a batch, from what the model returned inside the criterion's own forward."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from fairseq import modules
+from fairseq.criterions.adaptive_loss import AdaptiveLoss
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    label_smoothed_nll_loss,
+)
+from fairseq.criterions.masked_lm import MaskedLmLoss
+from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
+from torch import Tensor, nn
+from torch.nn import functional
+
+# (criterion, model, output, sample) -> losses of shape (N,), differentiable; their sum is the criterion's loss.
+InstanceLosses = Callable[[Any, Any, Any, Any], Tensor]
+
+
+class _Entry(NamedTuple):
+    losses: InstanceLosses
+    watched: Callable[[Any], nn.Module]
+
+
+_REGISTRY: dict[type, _Entry] = {}
+
+
+def register_instance_losses(
+    criterion: type, watched: Callable[[Any], nn.Module] = lambda model: model
+) -> Callable[[InstanceLosses], InstanceLosses]:
+    """Register how a criterion's loss divides into those of the instances.
+
+    Args:
+        criterion: the criterion's class. A subclass counts as well if it overrides neither ``forward`` nor
+            ``compute_loss``.
+        watched: from the model, the module whose output the function gets; default the model itself.
+
+    Returns:
+        A decorator for a function of criterion, model, output and sample that returns the losses of the instances, a
+        differentiable tensor of shape (N,) whose sum is the criterion's loss. It must not run the model again.
+
+    Examples:
+        >>> from fairseq.criterions import FairseqCriterion
+        >>> class MyCriterion(FairseqCriterion):
+        ...     pass
+        >>> @register_instance_losses(MyCriterion)
+        ... def my_losses(criterion, model, output, sample):
+        ...     return (output[0] - sample["target"]).square().flatten(1).sum(1)
+    """
+
+    def register(losses: InstanceLosses) -> InstanceLosses:
+        _REGISTRY[criterion] = _Entry(losses, watched)
+        return losses
+
+    return register
+
+
+def check_criterion(criterion: type) -> None:
+    """Refuse a criterion whose loss cannot be divided.
+
+    Args:
+        criterion: its class.
+
+    Raises:
+        ValueError: says how to register one.
+    """
+    _entry_of(criterion)
+
+
+def _entry_of(criterion: type) -> _Entry:
+    for base in criterion.__mro__:
+        if base in _REGISTRY:
+            same = all(getattr(criterion, m, None) is getattr(base, m, None) for m in ("forward", "compute_loss"))
+            if same:
+                return _REGISTRY[base]
+            break
+    known = ", ".join(cls.__name__ for cls in _REGISTRY)
+    raise ValueError(
+        f"this method needs the loss of every instance, and {criterion.__name__} does not say it; known are {known}. "
+        "Register a function with fairseq_sam.adapter.instance_losses.register_instance_losses, or use a method that "
+        "takes whole batches, such as --optimizer sam or ga_sam"
+    )
+
+
+class Captured:
+    """Output of the watched module's last call."""
+
+    output: Any = None
+    was_called = False
+
+
+@contextmanager
+def capture_output(criterion: Any, model: nn.Module) -> Iterator[Captured]:
+    """Record what the criterion's watched module returns.
+
+    Args:
+        criterion: the criterion that will run.
+        model: the model that it is given, possibly wrapped.
+
+    Raises:
+        ValueError: if the criterion's loss cannot be divided.
+    """
+    captured = Captured()
+
+    def record(module: nn.Module, arguments: Any, output: Any) -> None:
+        captured.output, captured.was_called = output, True
+
+    handle = _entry_of(type(criterion)).watched(model).register_forward_hook(record)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def instance_losses(
+    criterion: Any, model: Any, captured: Captured, sample: Any, number: int, loss: Any = None
+) -> Tensor:
+    """Return the losses of the instances from a captured output.
+
+    Args:
+        criterion: the criterion.
+        model: the model.
+        captured: from ``capture_output``, after the criterion ran.
+        sample: the sample.
+        number: how many instances it has.
+        loss: what the criterion returned, to compare with; None for no comparison.
+
+    Returns:
+        Shape (N,).
+
+    Raises:
+        ValueError: if the model did not run, or the losses have another shape or do not add up to the criterion's.
+    """
+    name = type(criterion).__name__
+    if not captured.was_called:
+        raise ValueError(f"{name} did not call the module that its instance losses watch")
+    losses = _entry_of(type(criterion)).losses(criterion, model, captured.output, sample)
+    if not torch.is_tensor(losses) or losses.shape != (number,) or losses.requires_grad != torch.is_grad_enabled():
+        found = f"a tensor of shape {tuple(losses.shape)}" if torch.is_tensor(losses) else type(losses).__name__
+        raise ValueError(
+            f"the instance losses registered for {name} must be a tensor of shape ({number},), one number for each "
+            f"instance, with a gradient where the criterion's loss has one; got {found}"
+            f"{' without a gradient' if torch.is_tensor(losses) and not losses.requires_grad else ''}"
+        )
+    if loss is not None:
+        _check_sum(name, losses.detach().sum(), torch.as_tensor(loss).detach().sum())
+    return losses
+
+
+def _check_sum(name: str, found: Tensor, expected: Tensor) -> None:
+    coarse = expected.dtype in (torch.float16, torch.bfloat16)
+    found, expected = found.double(), expected.to(found.device).double()
+    is_close = torch.isclose(found, expected, rtol=2e-2 if coarse else 1e-3, atol=1e-3, equal_nan=True)
+    if torch.isfinite(expected) and not is_close:
+        raise ValueError(
+            f"the instance losses registered for {name} add up to {float(found):g}, but the criterion's loss is "
+            f"{float(expected):g}; they must be its parts"
+        )
+
+
+@register_instance_losses(CrossEntropyCriterion)
+def _cross_entropy(criterion: Any, model: Any, output: Any, sample: Any) -> Tensor:
+    log_probs = model.get_normalized_probs(output, log_probs=True)
+    target = model.get_targets(sample, output)
+    flat = log_probs.reshape(-1, log_probs.size(-1)), target.reshape(-1)
+    return _by_row(functional.nll_loss(*flat, ignore_index=criterion.padding_idx, reduction="none"), len(target))
+
+
+@register_instance_losses(LabelSmoothedCrossEntropyCriterion)
+def _label_smoothed(criterion: Any, model: Any, output: Any, sample: Any) -> Tensor:
+    log_probs, target = criterion.get_lprobs_and_target(model, output, sample)
+    losses, _ = label_smoothed_nll_loss(
+        log_probs, target, criterion.eps, ignore_index=criterion.padding_idx, reduce=False
+    )
+    return _by_row(losses, len(sample["target"]))
+
+
+@register_instance_losses(AdaptiveLoss, watched=lambda model: model.decoder.adaptive_softmax)
+def _adaptive(criterion: Any, model: Any, output: Any, sample: Any) -> Tensor:
+    """Loss of the head at every token, and of a tail at the tokens that fall into it."""
+    logits, targets = output
+    target = model.get_targets(sample, None)
+    _, places = model.decoder.adaptive_softmax.adapt_target(target.reshape(-1))
+    pad = criterion.padding_idx
+    losses = functional.cross_entropy(logits[0], targets[0], ignore_index=pad, reduction="none")
+    for tail_logits, tail_target, place in zip(logits[1:], targets[1:], places, strict=True):
+        if tail_target is not None:
+            tail = functional.cross_entropy(tail_logits, tail_target, ignore_index=pad, reduction="none")
+            losses = losses.index_add(0, place, tail)
+    return _by_row(losses, len(target))
+
+
+@register_instance_losses(MaskedLmLoss)
+def _masked_lm(criterion: Any, model: Any, output: Any, sample: Any) -> Tensor:
+    logits, target = output[0], sample["target"]
+    is_masked = target.ne(criterion.padding_idx)
+    nothing = logits.new_zeros(len(target), dtype=torch.float32) + 0.0 * logits.sum().float()
+    if not is_masked.any():  # the criterion then predicts all tokens, and counts none
+        return nothing
+    if logits.dim() == 3:
+        logits = logits[is_masked]
+    losses = modules.cross_entropy(
+        logits.view(-1, logits.size(-1)), target[is_masked], ignore_index=criterion.padding_idx, reduction="none"
+    )
+    return nothing.to(losses.dtype).index_add(0, is_masked.nonzero()[:, 0], losses)
+
+
+@register_instance_losses(SentencePredictionCriterion)
+def _sentence_prediction(criterion: Any, model: Any, output: Any, sample: Any) -> Tensor:
+    logits = output[0]
+    target = model.get_targets(sample, [logits]).view(-1)
+    if criterion.regression_target:
+        return functional.mse_loss(logits.view(-1).float(), target.float(), reduction="none")
+    log_probs = functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return functional.nll_loss(log_probs, target, reduction="none")
+
+
+def _by_row(losses: Tensor, number: int) -> Tensor:
+    return losses.reshape(number, -1).sum(1)
