@@ -7,10 +7,12 @@ import pytest
 
 from fairseq_sam import PRESETS
 from fairseq_sam import __doc__ as table_of_contents
+from fairseq_sam.__main__ import cost
 from tests.core.models import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
+SETTLED = ("sam", "asam", "multistep_defense")  # their papers leave nothing open
 SECTIONS = ("How to use", "Suggested settings", "Details", "Where it does not help", "Source")
 
 
@@ -27,7 +29,11 @@ def test_card_states_the_preset(name):
     found = re.search(r"\| norm, ε, K \| (\S+), (\S+), (\d+) \|", card)
     assert found and (found[1], float(found[2]), int(found[3])) == (norm, method.epsilon, method.steps)
     assert f"| descent | `{method.descent}` |" in card
-    assert f"| passes per update | {method.passes}" in card
+    assert f"| passes per update | {cost(method)} " in card
+    assert f"| memory beside the base optimizer | {method.copies:g} cop" in card
+    assert ("*Decided here, not in the paper.*" in " ".join(card.split())) == (name not in SETTLED), (
+        "what the paper leaves open"
+    )
 
 
 def test_every_method_is_in_readme_and_table_of_contents():

@@ -409,6 +409,8 @@ def test_test_runs_everything_or_what_is_asked(script, machine, monkeypatch, arg
     calls = []
     monkeypatch.setattr(subprocess, "call", lambda command, cwd: calls.append(command[2:]) or len(calls) == 1)
     assert script.main(["test", *arguments]) == 1
+    if modules:
+        modules[-1] += script.ON_ALL_CORES
     assert calls == (modules or [["pytest", "-k", "a b"]])
     assert machine.count("[test]") == 1
 

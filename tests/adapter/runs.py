@@ -6,6 +6,7 @@ import logging
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fairseq.trainer import Trainer
 from fairseq_sam import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRATCH = tempfile.TemporaryDirectory()  # where fairseq leaves crash.pt after an error
 PLUGIN = str(ROOT / "fairseq_sam")
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
 
@@ -137,7 +139,7 @@ def quiet() -> Any:
 def build_trainer(data: Path, *flags: str) -> tuple[Trainer, list[Any]]:
     """A trainer as fairseq-train builds it, and all its micro-batches."""
     with quiet():
-        return trainer_of(configuration([str(data), *common_flags(), *flags]))
+        return trainer_of(configuration([str(data), *common_flags(), "--save-dir", SCRATCH.name, *flags]))
 
 
 def trainer_of(cfg: Any) -> tuple[Trainer, list[Any]]:
