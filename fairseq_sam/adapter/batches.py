@@ -1,9 +1,10 @@
 """fairseq's micro-batches as the engine's batches: ``task.train_step`` is a black box that runs once per pass."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from fairseq_sam.adapter.instance_losses import Captured, capture_output, instance_losses
 from fairseq_sam.adapter.slicing import COUNTS, Slicer
 
+logger = logging.getLogger(__name__)
+
+Ran = TypeVar("Ran")
 LOGGED_COUNTS = (*COUNTS, "sample_size")
 
 
@@ -158,10 +162,13 @@ class UpdateBatch:
 
     Args:
         parts: micro-batches, by place in the update.
+        spares_memory: go on without a micro-batch that does not fit into memory; what it has added to ``p.grad`` by
+            then stays.
     """
 
-    def __init__(self, parts: Mapping[int, MicroBatch]) -> None:
+    def __init__(self, parts: Mapping[int, MicroBatch], spares_memory: bool = False) -> None:
         self._parts = dict(parts)
+        self._spares_memory = spares_memory
 
     def __len__(self) -> int:
         """Return the number of instances."""
@@ -169,23 +176,23 @@ class UpdateBatch:
 
     def run(self) -> Passes:
         """Run forward and backward of every micro-batch."""
-        return self._collect({place: part.run() for place, part in self._parts.items()})
+        return self._collect(self._of_each(lambda place, part: part.run()))
 
     def run_with_losses(self) -> tuple[Passes, Tensor]:
         """Run forward and backward; return the losses of the instances as well."""
-        pairs = {place: part.run_with_losses() for place, part in self._parts.items()}
-        losses = torch.cat([losses for _, losses in pairs.values()])
-        return self._collect({place: result for place, (result, _) in pairs.items()}), losses
+        pairs = self._of_each(lambda place, part: part.run_with_losses())
+        results = {place: result for place, (result, _) in pairs.items()}
+        return self._collect(results), self._joined_losses({place: losses for place, (_, losses) in pairs.items()})
 
     def run_weighted(self, weights: Tensor) -> Passes:
         """Run forward, and backward of the weighted sum of the instances' losses."""
         split = torch.split(weights, [len(part) for part in self._parts.values()])
-        pairs = zip(self._parts.items(), split, strict=True)
-        return self._collect({place: part.run_weighted(share) for (place, part), share in pairs})
+        shares = dict(zip(self._parts, split, strict=True))
+        return self._collect(self._of_each(lambda place, part: part.run_weighted(shares[place])))
 
     def losses(self) -> Tensor:
         """Run forward without gradient; return the losses of the instances."""
-        return torch.cat([part.losses() for part in self._parts.values()])
+        return self._joined_losses(self._of_each(lambda place, part: part.losses()))
 
     def select(self, indices: Sequence[int]) -> "UpdateBatch":
         """Return a batch of some instances, in the order of the micro-batches."""
@@ -195,10 +202,37 @@ class UpdateBatch:
             if rows:
                 parts[place] = part.select(rows)
             start += len(part)
-        return UpdateBatch(parts)
+        return UpdateBatch(parts, self._spares_memory)
+
+    def _of_each(self, run: Callable[[int, MicroBatch], Ran]) -> dict[int, Ran]:
+        results = {}
+        for place, part in self._parts.items():
+            try:
+                results[place] = run(place, part)
+            except RuntimeError as error:
+                if not self._spares_memory or not is_out_of_memory(error):
+                    raise
+                logger.warning("the ascent goes on without a micro-batch that did not fit into memory: %s", error)
+        return results
+
+    def _joined_losses(self, losses: Mapping[int, Tensor]) -> Tensor:
+        """One after the other; 0 for a micro-batch without."""
+        like = next(iter(losses.values()), torch.zeros(()))
+        return torch.cat([losses.get(place, like.new_zeros(len(part))) for place, part in self._parts.items()])
 
     def _collect(self, results: dict[int, Pass]) -> Passes:
         return Passes(results, sum(float(result.sample_size) for result in results.values()))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Say whether an error is for lack of memory, as fairseq's trainer does."""
+    return "out of memory" in str(error)
+
+
+def without_counts(result: Pass) -> Pass:
+    """Return a result that adds nothing to any sum."""
+    output = {key: _scaled(value, 0) for key, value in result.logging_output.items()}
+    return Pass(result.loss * 0, result.sample_size * 0, output)
 
 
 def joined(results: Sequence[Pass]) -> Pass:
@@ -231,6 +265,7 @@ def resized(part: Pass, whole: Pass) -> Pass:
 
 
 def _scaled(value: Any, ratio: float) -> Any:
+    """A number times the ratio; anything else as it is."""
     is_sum = not isinstance(value, bool | str | list | tuple) and value is not None and math.prod(np.shape(value)) == 1
     return value * ratio if is_sum else value
 

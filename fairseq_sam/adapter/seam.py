@@ -15,16 +15,26 @@ from fairseq.trainer import Trainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fairseq_sam.adapter.batches import Call, MicroBatch, Pass, Passes, UpdateBatch, joined, resized
+from fairseq_sam.adapter.batches import (
+    Call,
+    MicroBatch,
+    Pass,
+    Passes,
+    UpdateBatch,
+    is_out_of_memory,
+    joined,
+    resized,
+    without_counts,
+)
 from fairseq_sam.adapter.embeddings import word_embeddings
 from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer, peak_learning_rate, unwrap
 from fairseq_sam.adapter.slicing import Slicer
 from fairseq_sam.adapter.workers import torch_ddp
 from fairseq_sam.core.descent import Gradients, local
-from fairseq_sam.core.fisher import SquaredGradients
+from fairseq_sam.core.fisher import SquaredGradients, squared_gradients
 from fairseq_sam.core.perturbation import Measurements
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.step import SharpnessAwareStep, fisher_information, reuse, split
+from fairseq_sam.core.step import SharpnessAwareStep, fisher_information, put_gradients, reuse, split
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +54,7 @@ def wrap_trainer() -> None:
         if isinstance(running, SharpnessAwareTrainStep):  # AMP tries the same samples again after an overflow
             running.begin(samples)
             return plain_train_step(self, samples, raise_oom)
-        self.task.train_step = SharpnessAwareTrainStep(self, optimizer, samples)
+        self.task.train_step = SharpnessAwareTrainStep(self, optimizer, samples, raise_oom)
         try:
             return plain_train_step(self, samples, raise_oom)
         finally:
@@ -68,10 +78,14 @@ class SharpnessAwareTrainStep:
         trainer: the trainer.
         optimizer: our optimizer inside the trainer's.
         samples: the update's micro-batches.
+        raise_oom: an error for lack of memory is the caller's.
     """
 
-    def __init__(self, trainer: Trainer, optimizer: SharpnessAwareOptimizer, samples: Sequence[Any]) -> None:
+    def __init__(
+        self, trainer: Trainer, optimizer: SharpnessAwareOptimizer, samples: Sequence[Any], raise_oom: bool = False
+    ) -> None:
         self._trainer = trainer
+        self._raise_oom = raise_oom
         self._optimizer = optimizer
         self._task_train_step: Callable[..., tuple[Any, Any, Any]] = trainer.task.train_step
         self._slicer = Slicer(trainer.task)
@@ -108,6 +122,19 @@ class SharpnessAwareTrainStep:
             self._task_train_step, model, criterion, optimizer, update_num, extra, self._slicer, self._no_sync
         )
         batch = MicroBatch(self._call, sample, ignore_grad)
+        gradients = [tensor.grad for tensor in self._space.tensors] if self._num_workers() > 1 else []
+        try:
+            return self._run(batch)
+        except RuntimeError as error:
+            if self._raise_oom or self._num_workers() == 1 or not is_out_of_memory(error):
+                raise
+            put_gradients(self._space, gradients)
+            return self._skip(error)
+
+    def _run(self, batch: MicroBatch) -> Pass:
+        update_num = self._call.update_num
+        if self._index >= len(self._samples):  # fairseq looks for the module in which a NaN came up
+            return batch.run()
         if not self._method.is_active(self._optimizer.epoch, update_num):
             return self._step_between(batch, update_num)
         if self._index == 0:
@@ -115,9 +142,29 @@ class SharpnessAwareTrainStep:
             self._refresh_mask(update_num)
         if self._method.scope == "update":
             return self._share_perturbation(batch)
-        if ignore_grad:
+        if batch.is_dummy:
             return self._reduced(self._last(batch).run())
         return self._perturb_microbatch(batch)
+
+    def _skip(self, error: RuntimeError) -> Pass:
+        """Run a dummy batch in place of a micro-batch that did not fit into memory, so that all workers go on together.
+
+        fairseq clears the gradients of this worker alone, in this micro-batch and all later ones of the update; under
+        torch's DDP they are reduced by then, and the replicas go apart.
+        """
+        self._trainer._log_oom(error)
+        logger.warning("update %d goes on without micro-batch %d of this worker", self._call.update_num, self._index)
+        if self._trainer.cuda:
+            torch.cuda.empty_cache()
+        sample, _ = self._trainer._prepare_sample(self._trainer._dummy_batch, is_dummy=True)
+        return without_counts(self._run_again(MicroBatch(self._call, sample, is_dummy=True)))
+
+    def _run_again(self, batch: MicroBatch) -> Pass:
+        if self._method.is_active(self._optimizer.epoch, self._call.update_num) and self._method.scope == "update":
+            return self._share_perturbation(batch, is_retry=True)
+        if self._method.is_active(self._optimizer.epoch, self._call.update_num):
+            return self._reduced(self._last(batch).run())
+        return self._step_between(batch, self._call.update_num)
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
@@ -141,7 +188,7 @@ class SharpnessAwareTrainStep:
         )
         return self._reduced(result)
 
-    def _perturb_microbatch(self, batch: MicroBatch) -> tuple[Any, Any, Any]:
+    def _perturb_microbatch(self, batch: MicroBatch) -> Pass:
         def ascent_gradient(gradients: Gradients, result: Pass) -> tuple[Gradients, float]:
             return gradients, self._unit(result)
 
@@ -159,12 +206,13 @@ class SharpnessAwareTrainStep:
         self._optimizer.num_skipped += measured.num_skipped
         return self._reduced(self._finish(measured, joined(clean), joined(last)))
 
-    def _share_perturbation(self, batch: MicroBatch) -> tuple[Any, Any, Any]:
-        if self._index == 0:
+    def _share_perturbation(self, batch: MicroBatch, is_retry: bool = False) -> Pass:
+        if self._index == 0 and not is_retry:
             step = self._new_step("")
             parts = self._microbatches()
             real = {place: part for place, part in parts.items() if not part.is_dummy}
-            self._clean = step.ascend(UpdateBatch(real or parts), self._reduced_ascent)
+            spares = self._num_workers() > 1 and not self._raise_oom
+            self._clean = step.ascend(UpdateBatch(real or parts, spares_memory=spares), self._reduced_ascent)
             self._step = step
             self._optimizer.num_ascents += 1
         if self._step is None:  # the ascent ran out of memory; fairseq goes on with the next micro-batch
@@ -201,13 +249,23 @@ class SharpnessAwareTrainStep:
         batch = UpdateBatch(real)
         number = self._own_share(wanted, len(batch))
         unit, salt = 1.0 / _loss_scale(self._trainer.optimizer), f"{self._trainer.data_parallel_rank}.{update_num}"
-        squares = fisher_information(self._space, batch, number, unit, salt)
+        squares = self._local_information(batch, number, unit, salt)
         self._collected = number / max(len(batch), 1)
         if self._num_workers() > 1:
             squares = self._summed_squares(squares)
         if update_num == 0 or not memory.mask:
             logger.info("Fisher mask: from %d of %d instances so far", squares.num_instances, wanted)
         memory.add_squares(self._method, self._space, squares)
+
+    def _local_information(self, batch: UpdateBatch, number: int, unit: float, salt: str) -> SquaredGradients:
+        """What this worker gives to the Fisher mask; nothing if its instances do not fit into memory."""
+        try:
+            return fisher_information(self._space, batch, number, unit, salt)
+        except RuntimeError as error:
+            if self._raise_oom or self._num_workers() == 1 or not is_out_of_memory(error):
+                raise
+            self._trainer._log_oom(error)
+            return squared_gradients((), self._space, unit)
 
     def _microbatches(self) -> dict[int, MicroBatch]:
         """All micro-batches of the update, prepared as the trainer prepares them."""
@@ -233,7 +291,7 @@ class SharpnessAwareTrainStep:
         """The batch for the last pass: torch's DDP reduces in it, unless gradients are reduced after it."""
         return batch if self._reduces_after_pass() else batch.loud()
 
-    def _reduced(self, result: Any) -> Any:
+    def _reduced(self, result: Pass) -> Pass:
         """Do what torch's DDP and the checkpoint need at the end of a micro-batch; passes its result on."""
         if self._reduces_after_pass() and any(r.require_backward_grad_sync for r in self._replicas()):
             gradients = self._sum([tensor.grad for tensor in self._space.tensors])

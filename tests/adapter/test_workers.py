@@ -15,8 +15,11 @@ pytestmark = pytest.mark.slow
 GA_SAM = ("--optimizer", "ga_sam", "--sam-norm", "linf", "--sam-steps", "2")
 
 
-def run_pair(data, out, backend, cases):
-    """Run cases, flags by name, on two workers; returns what each worker has at the end of each case."""
+def run_pair(data, out, backend, cases, failures=None):
+    """Run cases, flags by name, on two workers; returns what each worker has at the end of each case.
+
+    `failures`: by case, pairs of a worker and the number of a pass of its that runs out of memory.
+    """
     out.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -25,7 +28,7 @@ def run_pair(data, out, backend, cases):
     flags = json.dumps({name: [*runs.TRANSLATION, *case] for name, case in cases.items()})
     workers = [
         subprocess.Popen(
-            [*command, str(rank), str(port), str(data), str(out), backend, flags],
+            [*command, str(rank), str(port), str(data), str(out), backend, flags, json.dumps(failures or {})],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=runs.ROOT,
         )
         for rank in range(2)
@@ -151,3 +154,42 @@ def test_parameters_that_only_some_passes_use(translation_data, tmp_path):
     adam, zero = found["adam"][0]["weights"], found["zero"][0]["weights"]
     assert all(torch.allclose(adam[key], zero[key], rtol=0, atol=1e-6) for key in adam)
     assert not runs.same_bits(adam, found["sam"][0]["weights"])
+
+
+UPDATE = ("--sam-scope", "update")
+OUT_OF_MEMORY = {
+    # Passes of worker 0: two micro-batches of two passes each in the first update.
+    "ascent of the first": (("--optimizer", "sam"), [(0, 1)]),
+    "last pass of the first": (("--optimizer", "sam"), [(0, 2)]),
+    "ascent of the last": (("--optimizer", "ga_sam"), [(1, 3)]),
+    "last pass of the last": (("--optimizer", "ga_sam"), [(1, 4)]),
+    "both workers": (("--optimizer", "sam"), [(0, 1), (1, 4)]),
+    "shared ascent": (("--optimizer", "ga_sam", *UPDATE), [(0, 1)]),
+    "whole shared ascent": (("--optimizer", "sam", *UPDATE), [(0, 1), (0, 2)]),
+    "after a shared ascent": (("--optimizer", "ga_sam", *UPDATE), [(0, 4)]),
+    "selection in a shared ascent": (("--optimizer", "esam", *UPDATE), [(1, 2)]),
+    "decomposition, first": (("--optimizer", "gsam", *UPDATE), [(0, 3)]),
+    "decomposition, last": (("--optimizer", "gsam", *UPDATE), [(0, 4)]),
+    "decomposition of each": (("--optimizer", "gsam"), [(0, 4)]),
+    "component": (("--optimizer", "look_sam", "--sam-interval", "2"), [(1, 4)]),
+    "component between": (("--optimizer", "look_sam", "--sam-interval", "2"), [(1, 6)]),
+    "shared component": (("--optimizer", "look_sam", "--sam-interval", "2", *UPDATE), [(1, 4), (0, 6)]),
+    "Fisher": (("--optimizer", "fisher_sam", "--sam-fisher-samples", "6"), [(0, 2)]),
+    "a plain update": (("--optimizer", "sam", "--sam-start-update", "2"), [(0, 1)]),
+    "parts": (("--optimizer", "msam"), [(0, 5)]),
+}
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+def test_one_worker_runs_out_of_memory(translation_data, tmp_path, backend):
+    """Wherever it happens: both workers go on together, without that micro-batch, and their replicas stay equal."""
+    cases = {name: (*flags, *SGD) for name, (flags, _) in OUT_OF_MEMORY.items()}
+    failures = {name: failing for name, (_, failing) in OUT_OF_MEMORY.items()}
+    found = run_pair(translation_data, tmp_path / "pair", backend, cases, failures)
+    whole = run_pair(translation_data, tmp_path / "whole", backend, {name: cases[name] for name in list(cases)[:2]})
+    for name, (first, second) in found.items():
+        assert runs.same_bits(first["weights"], second["weights"]), f"{name}: replicas diverge"
+        assert runs.same_state(first["method"], second["method"]), f"{name}: the method's state diverges"
+        assert all(torch.isfinite(w).all() for w in first["weights"].values())
+    for name, (first, _) in whole.items():
+        assert not runs.same_bits(first["weights"], found[name][0]["weights"]), "the micro-batch really fell out"

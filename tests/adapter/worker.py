@@ -1,5 +1,6 @@
 """One of two workers of data-parallel runs on CPU (gloo); started by test_workers.py, runs one case after the other."""
 
+import itertools
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from tests.adapter import runs
 
 
 def main() -> None:
-    rank, port, data, out, backend, cases = sys.argv[1:]
+    rank, port, data, out, backend, cases, failures = sys.argv[1:]
     reductions = []
     all_reduce = seam._all_reduce
     seam._all_reduce = lambda *args: reductions.append(1) or all_reduce(*args)
@@ -32,14 +33,28 @@ def main() -> None:
     distributed_utils._USE_XLA = False
     for name, flags in json.loads(cases).items():
         reductions.clear()
-        trainer = train(data, rank, port, backend, flags)
+        failing = {number for failing_rank, number in json.loads(failures).get(name, []) if failing_rank == int(rank)}
+        trainer = train(data, rank, port, backend, flags, failing)
         state = {key: p.detach().clone() for key, p in trainer.get_model().named_parameters()}
         method = unwrap(trainer.optimizer).memory.state_dict() if unwrap(trainer.optimizer) else {}
         torch.save({"weights": state, "method": method}, Path(out) / f"{name}.{rank}.pt")
         (Path(out) / f"{name}.{rank}.json").write_text(json.dumps({"reductions": len(reductions)}))
 
 
-def train(data: str, rank: str, port: str, backend: str, flags: list[str]):
+def run_out_of_memory(task: type, failing: set[int]) -> None:
+    """Let the passes with these numbers, counted from 1, fail for lack of memory; before they begin."""
+    plain, count = getattr(task, "plain_train_step", task.train_step), itertools.count(1)
+    task.plain_train_step = plain
+
+    def train_step(*args, **kwargs):
+        if next(count) in failing:
+            raise RuntimeError("CUDA out of memory, as the test wants it")
+        return plain(*args, **kwargs)
+
+    task.train_step = train_step
+
+
+def train(data: str, rank: str, port: str, backend: str, flags: list[str], failing: set[int]):
     from fairseq.logging import metrics
 
     cfg = runs.configuration([
@@ -49,6 +64,7 @@ def train(data: str, rank: str, port: str, backend: str, flags: list[str]):
     ])  # fmt: skip
     cfg.distributed_training.distributed_rank = int(rank)
     trainer, batches = runs.trainer_of(cfg)
+    run_out_of_memory(type(trainer.task), failing)
     trainer.reset_dummy_batch(batches[0])
     for number in range(3):
         micro = batches[2 * number : 2 * number + 2]
