@@ -1,14 +1,18 @@
 """Faults of fairseq that would hit our runs, mended in the smallest way."""
 
 import functools
+import importlib.util
 import types
 from typing import Any
 
 import numpy
 from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
+from fairseq.nan_detector import NanDetector
+from fairseq.optim import AMPOptimizer
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 
+from fairseq_sam.adapter.optimizers import unwrap
 from fairseq_sam.core.method import PRESETS
 
 
@@ -69,3 +73,61 @@ def _starts_here(trainer: Trainer, args: tuple[Any, ...], kwargs: dict[str, Any]
         and not given.get("disable_iterator_cache", False)
         and type(trainer.task).get_batch_iterator is FairseqTask.get_batch_iterator
     )
+
+
+def unscale_once() -> None:
+    """Let ``--amp`` divide gradients by the loss scale once.
+
+    fairseq unscales for clipping under the base optimizer's name and steps under its wrapper's, so that torch's scaler
+    does not know and divides again. Adam hides it, SGD does not. Runs without our optimizers are untouched.
+    """
+    original = AMPOptimizer.step
+    if getattr(original, "unscales_once", False):
+        return
+
+    @functools.wraps(original)
+    def step(self: AMPOptimizer) -> None:
+        states = self.scaler._per_optimizer_states
+        if unwrap(self) is not None and id(self.optimizer) in states:
+            states[id(self.fp32_optimizer)] = states[id(self.optimizer)]
+        original(self)
+
+    step.unscales_once = True  # type: ignore[attr-defined]
+    AMPOptimizer.step = step
+
+
+def bfloat16_is_not_a_tpu() -> None:
+    """Let ``--bf16`` on the command line run on CPU and GPU; fairseq takes it for ``--tpu``. Others are untouched."""
+    original = Trainer.__init__
+    if getattr(original, "knows_bfloat16", False):
+        return
+
+    @functools.wraps(original)
+    def initialise(self: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        ours = getattr(cfg.optimizer, "_name", None) in PRESETS
+        if ours and cfg.common.bf16 and cfg.common.tpu and importlib.util.find_spec("torch_xla") is None:
+            cfg.common.tpu = False
+        original(self, cfg, *args, **kwargs)
+
+    initialise.knows_bfloat16 = True  # type: ignore[attr-defined]
+    Trainer.__init__ = initialise
+
+
+def find_nan_in_transformers() -> None:
+    """Let fairseq's search for the module with a NaN end with its error, ``gradients are Nan/Inf``.
+
+    torch's old backward hooks raise StopIteration on modules that return dictionaries of lists, such as the encoder of
+    a Transformer. Modules without children return tensors, and are where a NaN comes up first.
+    """
+    original = NanDetector.add_hooks
+    if getattr(original, "skips_containers", False):
+        return
+
+    @functools.wraps(original)
+    def add_hooks(self: NanDetector, module: Any) -> None:
+        backward, self.backward = self.backward, self.backward and not any(module.children())
+        original(self, module)
+        self.backward = backward
+
+    add_hooks.skips_containers = True  # type: ignore[attr-defined]
+    NanDetector.add_hooks = add_hooks

@@ -58,6 +58,12 @@ def check_config(cfg: Any) -> None:
             f"{method.granularity}, which needs tensors; add --fp16-no-flatten-grads, or use --amp, or choose "
             "--sam-granularity element or model"
         )
+    half = next((flag for flag in ("fp16", "bf16", "amp") if getattr(common, flag, False)), None)
+    if half and getattr(cfg.optimization, "use_bmuf", False):
+        raise ValueError(
+            f"--use-bmuf cannot be used with --{half}: fairseq's BMUF runs backward past the optimizer that scales the "
+            "loss and keeps fp32 weights, so that these are never updated or by wrong gradients; leave one of them out"
+        )
     if distributed.ddp_backend == "fully_sharded":
         raise ValueError(
             f"--ddp-backend fully_sharded is not supported by --optimizer {name}: parameters are flat shards without "
