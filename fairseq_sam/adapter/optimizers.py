@@ -80,6 +80,7 @@ FLAGS_BY_AXIS: dict[str, tuple[Flag, ...]] = {
     ),
     "where": (
         Flag("where", str, "perturb weights, or outputs of the word embeddings"),
+        Flag("rounding", str, "half-precision weights at w + a: rounded to nearest, or up or down at random"),
         Flag("scope", str, "one perturbation for each micro-batch, or one for the whole update"),
     ),
     "when": (
@@ -252,6 +253,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.memory = Memory()
         self.epoch = 1
         self.logged: set[str] = set()  # what sharpness-aware updates have logged in this run
+        self.has_warned_of_rounding = False
         self.num_ascents = 0
         self.num_skipped = 0
 

@@ -38,6 +38,8 @@ from fairseq_sam.core.step import SharpnessAwareStep, fisher_information, put_gr
 
 logger = logging.getLogger(__name__)
 
+LEAST_SURVIVED = 0.5  # of a perturbation, in half precision; below it the user is warned
+
 
 def wrap_trainer() -> None:
     """Wrap ``Trainer.train_step`` and ``Trainer.begin_epoch``, once. Runs without our optimizer are untouched."""
@@ -389,6 +391,9 @@ class SharpnessAwareTrainStep:
             "sam_passes": (measured.num_passes + self._collected, 2),
             "sam_capped": (measured.num_capped, 2),
         }
+        if measured.survived is not None:
+            logged["sam_survived"] = (measured.survived, 4)
+            self._warn_of_rounding(_value(measured.survived))
         if self._method.has_first_pass:
             logged["sam_gnorm"] = (measured.gradient_norm, 4)
         if measured.num_forwards:
@@ -402,6 +407,20 @@ class SharpnessAwareTrainStep:
             metrics.log_scalar(key, _value(value), weight=1, round=digits)
         self._log_skipped()
         return Pass(clean.loss, last.sample_size, clean.logging_output)
+
+    def _warn_of_rounding(self, survived: float) -> None:
+        if survived < LEAST_SURVIVED and not self._optimizer.has_warned_of_rounding and not self._masters_are_new():
+            self._optimizer.has_warned_of_rounding = True
+            logger.warning(
+                "rounding to %s leaves %.0f %% of the perturbation (sam_survived); use --amp, whose weights are fp32, "
+                "or a larger --sam-epsilon, or --sam-rounding stochastic",
+                str(self._space.tensors[0].dtype).removeprefix("torch."), 100 * survived,
+            )  # fmt: skip
+
+    def _masters_are_new(self) -> bool:
+        """Whether the fp32 masters were just made from the weights in half precision, and so are rounded as these."""
+        pairs = zip(self._space.masters, self._space.tensors, strict=True)
+        return all(master is not None and torch.equal(master, tensor.detach().float()) for master, tensor in pairs)
 
     def _log_skipped(self) -> None:
         metrics.log_scalar("sam_skipped", self._optimizer.num_skipped, weight=0)

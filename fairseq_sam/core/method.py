@@ -20,6 +20,7 @@ STARTS = ("zero", "uniform")
 GRADIENTS = ("mean", "sum")
 SCOPES = ("microbatch", "update")
 DROPOUTS = ("same", "fresh")
+ROUNDINGS = ("nearest", "stochastic")
 
 # Granularities whose groups are cut along tensors; they have no meaning on a flattened parameter vector.
 TENSOR_GRANULARITIES = ("filter", "tensor", "layer")
@@ -38,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gradient": GRADIENTS,
     "scope": SCOPES,
     "dropout": DROPOUTS,
+    "rounding": ROUNDINGS,
 }
 
 
@@ -165,6 +167,8 @@ class Method:
         lr_min: learning rate at which the radius is `epsilon_min`, >= 0.
         end_epoch: last sharpness-aware epoch; plain steps after it. Default: none.
         end_update: number of updates after which steps are plain. Default: none.
+        rounding: how perturbed weights in half precision are rounded: to the ``nearest`` number, or ``stochastic``, up
+            or down at random so that the perturbation survives on average. Weights in float32 are not rounded.
 
     Raises:
         ValueError: if a value is out of range or two values contradict each other; names flag, value and range.
@@ -208,6 +212,7 @@ class Method:
     lr_min: float = 0.0
     end_epoch: int | None = None
     end_update: int | None = None
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         """Check every value, then every pair that can contradict."""
@@ -565,6 +570,11 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         "where (--sam-where) embeddings already perturbs each sentence by its own gradient: ascent (--sam-ascent) "
         "must be batch, ascent_fraction (--sam-ascent-fraction) and m (--sam-m) 1, descent (--sam-descent) not sds "
         "and scope (--sam-scope) microbatch, got {m.ascent}, {m.ascent_fraction}, {m.m}, {m.descent}, {m.scope}",
+    ),
+    Contradiction(
+        lambda m: m.where == "embeddings" and m.rounding != "nearest",
+        "rounding (--sam-rounding) {m.rounding} is of weights, but where (--sam-where) is embeddings; leave it out or "
+        "use --sam-where weights",
     ),
     Contradiction(
         lambda m: m.where == "embeddings" and m.between == "reuse",

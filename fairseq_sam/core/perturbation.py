@@ -14,6 +14,7 @@ from fairseq_sam.core.groups import Groups
 from fairseq_sam.core.method import Method
 from fairseq_sam.core.norms import Norms, global_norms, normalize_, project_, scale_, steepest_direction_, vector_norm
 from fairseq_sam.core.random_state import RandomState
+from fairseq_sam.core.rounding import HALF, round_stochastically
 from fairseq_sam.core.scales import ScaleOperator, build_scale
 from fairseq_sam.core.space import ParameterSpace
 
@@ -30,6 +31,7 @@ class Measurements:
         num_skipped: ascent steps without a usable gradient (zero, infinite or NaN); the perturbation is then 0.
         num_passes: forward-backward passes, in passes over the whole batch.
         num_forwards: forward passes without gradient, in passes over the whole batch.
+        survived: how much of the perturbation the rounding to half precision leaves, from 0 to 1; None in float32.
     """
 
     gradient_norm: float | Tensor = 0.0
@@ -38,6 +40,7 @@ class Measurements:
     num_skipped: int = 0
     num_passes: float = 0
     num_forwards: float = 0
+    survived: float | Tensor | None = None
 
     def add(self, other: "Measurements", share: float) -> None:
         """Add what another part of the same batch measured.
@@ -52,6 +55,8 @@ class Measurements:
         self.num_skipped += other.num_skipped
         self.num_passes += share * other.num_passes
         self.num_forwards += share * other.num_forwards
+        if other.survived is not None:
+            self.survived = (0.0 if self.survived is None else self.survived) + share * other.survived
 
 
 class WeightPerturbation:
@@ -73,6 +78,8 @@ class WeightPerturbation:
         self._transformed: list[Tensor] = []  # T^-1 a of the active parameters
         self._scale = ScaleOperator([], 0)
         self._norms: Norms = global_norms
+        self._random: RandomState | None = None
+        self._num_moves = 0
 
     @property
     def is_zero(self) -> bool:
@@ -83,6 +90,7 @@ class WeightPerturbation:
         """Start at 0."""
         self.measured = Measurements()
         self._active, self._transformed, self._scale = [], [], ScaleOperator([], 0)
+        self._random, self._num_moves = random, 0
         if self.method.mask == "random":
             keep = 1.0 - float(self.method.sparsity or 0.0)
             drawn = torch.rand(len(self._masks), generator=random.generator("mask"))
@@ -141,7 +149,7 @@ class WeightPerturbation:
         """Unperturbed weights of parameter `i` in float32 or better: the optimizer's masters where there are any."""
         master = self.space.masters[i]
         weight = self._backup[i] if master is None else master.detach()
-        return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+        return weight.float() if weight.dtype in HALF else weight
 
     def _build_scale(self, ascent: Sequence[Tensor], unit: float) -> None:
         self._scale = build_scale(
@@ -206,9 +214,19 @@ class WeightPerturbation:
     @torch.no_grad()
     def measure(self) -> None:
         """Measure the change that the weights undergo now."""
-        if not self.is_zero:
-            moved = [self.space.tensors[i].detach().to(self._anchor(i).dtype) - self._anchor(i) for i in self._active]
-            self.measured.perturbation_norm = vector_norm(moved, self.method.norm)
+        if self.is_zero:
+            return
+        moved = [self.space.tensors[i].detach().to(self._anchor(i).dtype) - self._backup[i] for i in self._active]
+        self.measured.perturbation_norm = vector_norm(moved, self.method.norm)
+        if any(self._backup[i].dtype in HALF for i in self._active):
+            self.measured.survived = self._survived(moved)
+
+    def _survived(self, moved: Sequence[Tensor]) -> Tensor:
+        """The part of the perturbation that the change contains: ``<change, a> / <a, a>``, at most 1."""
+        wanted = [perturbation for _, perturbation in self._perturbations()]
+        products = torch.stack([torch.sum(m * a, dtype=torch.float64) for m, a in zip(moved, wanted, strict=True)])
+        square = vector_norm(wanted, 2.0) ** 2
+        return (products.sum() / square.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0.0, 1.0)
 
     def restore(self) -> None:
         """Copy the unperturbed weights back."""
@@ -225,10 +243,12 @@ class WeightPerturbation:
 
     @contextmanager
     def _moved(self, perturbations: Callable[[], Iterable[tuple[int, Tensor]]]) -> Iterator[None]:
+        generators = self._generators(f"rounding{self._num_moves}")
+        self._num_moves += 1
         try:
             with torch.no_grad():
                 for i, perturbation in perturbations():
-                    self.space.tensors[i].data.copy_(self._anchor(i) + perturbation)
+                    self._put(i, self._anchor(i) + perturbation, generators)
             torch.clear_autocast_cache()  # an autocast around all passes would go on with casts of the unperturbed
             yield
         finally:
@@ -238,17 +258,35 @@ class WeightPerturbation:
                 self.restore()
                 raise
 
+    def _put(self, i: int, value: Tensor, generators: Callable[[torch.device], torch.Generator]) -> None:
+        """Set the weights of parameter `i`."""
+        tensor = self.space.tensors[i]
+        if self.method.rounding == "stochastic" and tensor.dtype in HALF:
+            value = round_stochastically(value, tensor.dtype, generators(tensor.device))
+        tensor.data.copy_(value)
+
+    def _generators(self, stream: str) -> Callable[[torch.device], torch.Generator]:
+        """A generator for each device, made when it is asked for."""
+        made: dict[torch.device, torch.Generator] = {}
+
+        def of(device: torch.device) -> torch.Generator:
+            if device not in made:
+                assert self._random is not None, "begin comes first"
+                made[device] = self._random.generator(stream, device)
+            return made[device]
+
+        return of
+
     def _movable(self) -> list[int]:
         return [i for i, perturbed in enumerate(self.space.perturbed) if perturbed and self.space.tensors[i].numel()]
 
     def _gaussian(self, random: RandomState, stream: str) -> list[Tensor]:
-        generators: dict[torch.device, torch.Generator] = {}
-        direction = []
-        for i in self._active:
-            anchor = self._anchor(i)
-            generator = generators.setdefault(anchor.device, random.generator(stream, anchor.device))
-            direction.append(torch.randn(anchor.shape, dtype=anchor.dtype, device=anchor.device, generator=generator))
-        return direction
+        self._random = random
+        generators, anchors = self._generators(stream), [self._anchor(i) for i in self._active]
+        return [
+            torch.randn(anchor.shape, dtype=anchor.dtype, device=anchor.device, generator=generators(anchor.device))
+            for anchor in anchors
+        ]
 
 
 class EmbeddingPerturbation:

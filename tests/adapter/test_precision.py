@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fairseq.logging import metrics
 
 from fairseq_sam import PRESETS
 from fairseq_sam.adapter.optimizers import unwrap
@@ -12,6 +13,7 @@ ON_CPU = {
     "fp16 not flat": ["--fp16", "--fp16-no-flatten-grads"],
     "memory-efficient fp16": ["--fp16", "--memory-efficient-fp16"],
 }
+HALF_ON_CPU = {**ON_CPU, "memory-efficient bf16": ["--bf16", "--memory-efficient-bf16"]}
 ON_GPU = {**ON_CPU, "amp": ["--amp"], "fp32": [], "fp16 flat": ["--fp16", "--sam-granularity", "model"]}
 
 
@@ -44,12 +46,53 @@ def test_the_gradient_is_unscaled_for_the_scale(translation_data, mode):
             "--sam-norm", "linf", "--dropout", "0",
         )  # fmt: skip
         assert _loss_scale(trainer.optimizer) == float(scale)
-        from fairseq.logging import metrics
-
         with metrics.aggregate(new_root=True) as logged:
             trainer.train_step(batches[:1])
         norms.append(logged.get_smoothed_values()["sam_gnorm"])
     assert norms[0] == pytest.approx(norms[1], rel=2e-2)
+
+
+def logged_survival(data, *flags):
+    """The survived part in each of two updates, and whether the user was warned."""
+    trainer, batches = runs.build_trainer(data, *runs.TRANSLATION, "--fp16-init-scale", "4", *flags)
+    found = []
+    for number in range(2):
+        with metrics.aggregate(new_root=True) as logged:
+            trainer.train_step(batches[number : number + 1])
+        found.append(logged.get_smoothed_values().get("sam_survived"))
+    return found
+
+
+SMALL = ["--optimizer", "sam", "--sam-norm", "linf", "--sam-epsilon", "2e-6"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "rounding", "survives"),
+    [
+        ("fp16 not flat", [], True),
+        ("memory-efficient fp16", [], False),
+        ("memory-efficient fp16", ["--sam-rounding", "stochastic"], True),
+        ("memory-efficient bf16", [], False),
+        ("memory-efficient bf16", ["--sam-rounding", "stochastic"], True),
+    ],
+)
+def test_what_survives_of_a_small_perturbation(translation_data, caplog, mode, rounding, survives):
+    """fp32 masters keep it, and so does rounding at random; else the user is warned, once, with the remedies.
+
+    Masters that were just made from rounded weights are as rounded as these: no warning before they have moved.
+    """
+    with caplog.at_level("WARNING", "fairseq_sam"):
+        found = logged_survival(translation_data, *HALF_ON_CPU[mode], *SMALL, *rounding)
+    assert all(0 <= part <= 1 for part in found)
+    assert found[1] > 0.6 if survives else max(found) < 0.5
+    warnings = [r.getMessage() for r in caplog.records if "of the perturbation" in r.getMessage()]
+    assert len(warnings) == (0 if survives else 1)
+    dtype = "bfloat16" if "bf16" in mode else " float16"
+    assert all(word in m for m in warnings for word in (dtype, "--amp", "--sam-epsilon", "--sam-rounding stochastic"))
+
+
+def test_float32_logs_no_survival(translation_data):
+    assert logged_survival(translation_data, *SMALL) == [None, None]
 
 
 def test_masters_belong_to_their_parameters(translation_data):

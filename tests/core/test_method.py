@@ -128,6 +128,7 @@ def test_bad_settings_name_flag_value_and_range(preset, option, value, allowed):
         ("freelb", {"exclude": "bias"}, ("--sam-where", "--sam-exclude")),
         ("freelb", {"scope": "update"}, ("--sam-where", "--sam-scope")),
         ("freelb", {"m": 2}, ("--sam-where", "--sam-m")),
+        ("freelb", {"rounding": "stochastic"}, ("--sam-where", "--sam-rounding", "stochastic")),
         ("freelb", {"between": "reuse"}, ("--sam-between", "--sam-where")),
         ("ga_sam", {"where": "embeddings"}, ("--sam-where", "--sam-scale")),
         ("sam", {"lr_max": 0.1}, ("--sam-lr-max", "--sam-epsilon-min")),
