@@ -34,7 +34,7 @@ from fairseq_sam.core.descent import Gradients, local
 from fairseq_sam.core.fisher import SquaredGradients, squared_gradients
 from fairseq_sam.core.perturbation import Measurements
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.step import SharpnessAwareStep, fisher_information, put_gradients, reuse, split
+from fairseq_sam.core.step import SharpnessAwareStep, all_or_nothing, fisher_information, put_gradients, reuse, split
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +56,11 @@ def wrap_trainer() -> None:
         if isinstance(running, SharpnessAwareTrainStep):  # AMP tries the same samples again after an overflow
             running.begin(samples)
             return plain_train_step(self, samples, raise_oom)
-        self.task.train_step = SharpnessAwareTrainStep(self, optimizer, samples, raise_oom)
         try:
+            self.task.train_step = SharpnessAwareTrainStep(self, optimizer, samples, raise_oom)
             return plain_train_step(self, samples, raise_oom)
         finally:
-            del self.task.train_step
+            vars(self.task).pop("train_step", None)
 
     @functools.wraps(plain_begin_epoch)
     def begin_epoch(self: Trainer, epoch: int) -> None:
@@ -125,13 +125,14 @@ class SharpnessAwareTrainStep:
         )
         batch = MicroBatch(self._call, sample, ignore_grad)
         gradients = [tensor.grad for tensor in self._space.tensors] if self._num_workers() > 1 else []
-        try:
-            return self._run(batch)
-        except RuntimeError as error:
-            if self._raise_oom or self._num_workers() == 1 or not is_out_of_memory(error):
-                raise
-            put_gradients(self._space, gradients)
-            return self._skip(error)
+        with all_or_nothing(self._space.tensors, self._space.buffers, self._optimizer.memory):
+            try:
+                return self._run(batch)
+            except RuntimeError as error:
+                if self._raise_oom or self._num_workers() == 1 or not is_out_of_memory(error):
+                    raise
+                put_gradients(self._space, gradients)
+                return self._skip(error)
 
     def _run(self, batch: MicroBatch) -> Pass:
         update_num = self._call.update_num

@@ -23,6 +23,7 @@ class WordEmbeddings:
     def __init__(self, modules: Sequence[nn.Module], padding: int | None = None) -> None:
         self.modules: tuple[nn.Module, ...] = tuple(dict.fromkeys(modules))
         self.padding = padding
+        self._hooks: list[Any] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> "WordEmbeddings":
@@ -59,15 +60,19 @@ class WordEmbeddings:
             call, num_calls = num_calls, num_calls + 1
             return perturb(call, self._is_token(module, words, output), output)
 
-        handles = []
         try:
             for module in self.modules:
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
             yield
         finally:
             # A hook that stays would be copied with the model, by an exponential moving average for instance.
-            for handle in handles:
-                handle.remove()
+            self.restore()
+
+    def restore(self) -> None:
+        """Let outputs be what the modules give, also if an interrupt has kept `perturbed` from being left."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
 
     def _is_token(self, module: nn.Module, words: Tensor, output: Tensor) -> Tensor:
         if words.shape != output.shape[:-1]:

@@ -80,6 +80,7 @@ class WeightPerturbation:
         self._norms: Norms = global_norms
         self._random: RandomState | None = None
         self._num_moves = 0
+        self._is_moved = False
 
     @property
     def is_zero(self) -> bool:
@@ -234,6 +235,7 @@ class WeightPerturbation:
             for tensor, value in zip(self.space.tensors, self._backup, strict=True):
                 tensor.data.copy_(value)
         torch.clear_autocast_cache()
+        self._is_moved = False
 
     def _perturbations(self) -> Iterator[tuple[int, Tensor]]:
         for i, transformed, factor in zip(self._active, self._transformed, self._scale.factors, strict=True):
@@ -246,17 +248,21 @@ class WeightPerturbation:
         generators = self._generators(f"rounding{self._num_moves}")
         self._num_moves += 1
         try:
+            self._is_moved = True
             with torch.no_grad():
                 for i, perturbation in perturbations():
                     self._put(i, self._anchor(i) + perturbation, generators)
             torch.clear_autocast_cache()  # an autocast around all passes would go on with casts of the unperturbed
             yield
         finally:
-            try:
-                self.restore()
-            except BaseException:  # an interrupt in the middle of the restore must not leave it half done
-                self.restore()
-                raise
+            # An interrupt may keep the context from being left: the caller restores then, and this runs when Python
+            # deletes it, which may be updates later.
+            if self._is_moved:
+                try:
+                    self.restore()
+                except BaseException:  # an interrupt in the middle of the restore must not leave it half done
+                    self.restore()
+                    raise
 
     def _put(self, i: int, value: Tensor, generators: Callable[[torch.device], torch.Generator]) -> None:
         """Set the weights of parameter `i`."""
@@ -353,7 +359,8 @@ class EmbeddingPerturbation:
             yield
 
     def restore(self) -> None:
-        """Nothing to do: weights are not moved."""
+        """Take the perturbation off the embeddings, also after an interrupt; weights are not moved."""
+        self.embeddings.restore()
 
     def measure(self) -> None:
         """Nothing to do before the pass: the last ascent step knows the perturbation."""

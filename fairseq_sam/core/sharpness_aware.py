@@ -13,7 +13,7 @@ from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import Method
 from fairseq_sam.core.perturbation import Measurements
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.step import SharpnessAwareStep, fisher_information, reuse, split
+from fairseq_sam.core.step import SharpnessAwareStep, all_or_nothing, fisher_information, reuse, split
 
 
 class SharpnessAware:
@@ -131,7 +131,8 @@ class SharpnessAware:
     ) -> Loss:
         """Add the method's gradient of one micro-batch to ``p.grad``; see ``step`` for the arguments.
 
-        For gradient accumulation: ``zero_grad``, then ``accumulate`` for each micro-batch, then ``apply``.
+        For gradient accumulation: ``zero_grad``, then ``accumulate`` for each micro-batch, then ``apply``. After an
+        error everything is as before the call.
 
         Raises:
             ValueError: if `sample_size` or `loss_scale` is not positive.
@@ -140,15 +141,16 @@ class SharpnessAware:
         for name, value in (("sample_size", sample_size), ("loss_scale", loss_scale)):
             if not value > 0:
                 raise ValueError(f"{name} must be a number > 0, got {value!r}")
-        if not callable(closure):
-            return self._accumulate_sums(closure, loss_scale)
-        if self.method.needs_instances and self.method.epsilon > 0:
+        if callable(closure) and self.method.needs_instances and self.method.epsilon > 0:
             raise ClosureBatch.refusal(self.method.name)
-        return self._accumulate(ClosureBatch(closure, sample_size), loss_scale).loss
+        with all_or_nothing(self._parameters(), list(self._model.buffers()), self, self._memory):
+            if callable(closure):
+                return self._accumulate(ClosureBatch(closure, sample_size), loss_scale).loss
+            return self._accumulate_sums(closure, loss_scale)
 
     def _accumulate_sums(self, batch: Batch[Any], loss_scale: float) -> Loss:
         """Batches give gradients of sums over instances: divide what this one adds by its sample size."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = self._parameters()
         prior = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
@@ -238,8 +240,10 @@ class SharpnessAware:
 
     def _space(self) -> ParameterSpace:
         # Built anew each time: parameters may be frozen, thawed or added to the optimizer between steps.
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return ParameterSpace.of({"": self._model}, parameters=parameters, exclude=self.method.exclude)
+        return ParameterSpace.of({"": self._model}, parameters=self._parameters(), exclude=self.method.exclude)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
 def _mean_loss(results: list[Any], shares: list[float]) -> Loss:

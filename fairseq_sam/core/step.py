@@ -106,6 +106,9 @@ class SharpnessAwareStep(Generic[Result]):
         prior = take_gradients(self.space)
         try:
             return self._ascend(batch, ascent_gradient)
+        except BaseException:
+            self._perturbation.restore()
+            raise
         finally:
             put_gradients(self.space, prior)
             _copy_(self.space.buffers, self._buffers)
@@ -239,13 +242,16 @@ class SharpnessAwareStep(Generic[Result]):
         """
         prior = take_gradients(self.space)
         combine = functools.partial(self._combine, finish and shared, shared)
+        hooks: list[Any] = []
         try:
             selected, share = self._select(batch, offset)
-            with _gradient_hooks(self.space.tensors, prior, combine) if in_backward else nullcontext():
+            with _gradient_hooks(self.space.tensors, prior, combine, hooks) if in_backward else nullcontext():
                 with self._perturbation.applied():
                     result = selected.run()
                     self._perturbation.measure()
         except BaseException:
+            self._perturbation.restore()
+            _remove(hooks)
             put_gradients(self.space, prior)
             _copy_(self.space.buffers, self._buffers)
             raise
@@ -364,6 +370,29 @@ def reuse(
     return result
 
 
+@contextmanager
+def all_or_nothing(tensors: Sequence[Tensor], buffers: Sequence[Tensor], *holders: object) -> Iterator[None]:
+    """Put everything back as it was when anything is raised inside.
+
+    Args:
+        tensors: parameters whose ``grad`` is put back, by reference.
+        buffers: what is copied back.
+        holders: objects whose attributes are put back, by reference.
+    """
+    gradients = [tensor.grad for tensor in tensors]
+    values = _clone(buffers)
+    attributes = [dict(vars(holder)) for holder in holders]
+    try:
+        yield
+    except BaseException:
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            tensor.grad = gradient
+        _copy_(buffers, values)
+        for holder, before in zip(holders, attributes, strict=True):
+            vars(holder).update(before)
+        raise
+
+
 def take_gradients(space: ParameterSpace) -> Gradients:
     """Take the gradients out of ``p.grad``."""
     gradients = [tensor.grad for tensor in space.tensors]
@@ -383,10 +412,12 @@ def _gradient_hooks(
     tensors: Sequence[Tensor],
     prior: Gradients,
     combine: Callable[[int, Tensor | None, Tensor | None], Tensor | None],
+    handles: list[Any],
 ) -> Iterator[None]:
     """Turn each gradient that backward is about to accumulate into all that ``p.grad`` shall hold.
 
-    A task may run backward several times in one pass; the sum so far replaces what the earlier call left.
+    A task may run backward several times in one pass; the sum so far replaces what the earlier call left. The hooks
+    are put into `handles`.
     """
     raw: Gradients = [None] * len(tensors)
 
@@ -395,14 +426,17 @@ def _gradient_hooks(
         tensor.grad = None
         return combine(i, prior[i], raw[i])
 
-    handles: list[Any] = []
     try:
         for i, tensor in enumerate(tensors):
             handles.append(tensor.register_hook(functools.partial(replace, i, tensor)))  # type: ignore[no-untyped-call]
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        _remove(handles)
+
+
+def _remove(hooks: Sequence[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def split(method: Method, batch: Batch[Result]) -> list[tuple[Batch[Result], float]]:
