@@ -256,6 +256,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.has_warned_of_rounding = False
         self.num_ascents = 0
         self.num_skipped = 0
+        self._before_update: tuple[dict[str, Any], int, int] | None = None  # until the base has updated the weights
 
     @property
     def optimizer(self) -> Any:
@@ -336,7 +337,17 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Let the base update the weights."""
-        self.base.step(*args, **kwargs)
+        self._before_update = self.base.step(*args, **kwargs)  # None; in one line: no signal comes between the two
+
+    def begin_update(self) -> None:
+        """Remember the method's state, in case the update does not come to its end."""
+        self._before_update = (dict(vars(self.memory)), self.num_ascents, self.num_skipped)
+
+    def undo_update(self) -> None:
+        """Put the method's state back to ``begin_update``, unless the weights are updated by now."""
+        if self._before_update is not None:
+            memory, self.num_ascents, self.num_skipped = self._before_update
+            vars(self.memory).update(memory)
 
     def zero_grad(self) -> None:
         """Clear gradients as the base does."""

@@ -53,12 +53,18 @@ def wrap_trainer() -> None:
         if optimizer is None:
             return plain_train_step(self, samples, raise_oom)
         running = vars(self.task).get("train_step")
-        if isinstance(running, SharpnessAwareTrainStep):  # AMP tries the same samples again after an overflow
+        is_retry = bool(vars(self).get("_amp_retries"))  # AMP tries the same samples again after an overflow
+        if is_retry and isinstance(running, SharpnessAwareTrainStep):
             running.begin(samples)
             return plain_train_step(self, samples, raise_oom)
+        optimizer.begin_update()
         try:
+            vars(self.task).pop("train_step", None)  # what an interrupt may have left
             self.task.train_step = SharpnessAwareTrainStep(self, optimizer, samples, raise_oom)
             return plain_train_step(self, samples, raise_oom)
+        except BaseException:
+            optimizer.undo_update()
+            raise
         finally:
             vars(self.task).pop("train_step", None)
 
@@ -119,20 +125,24 @@ class SharpnessAwareTrainStep:
         Returns:
             The loss and logging output at the unperturbed weights, and the last pass's sample size.
         """
-        self._index += 1
-        self._call = Call(
-            self._task_train_step, model, criterion, optimizer, update_num, extra, self._slicer, self._no_sync
-        )
-        batch = MicroBatch(self._call, sample, ignore_grad)
-        gradients = [tensor.grad for tensor in self._space.tensors] if self._num_workers() > 1 else []
-        with all_or_nothing(self._space.tensors, self._space.buffers, self._optimizer.memory):
-            try:
-                return self._run(batch)
-            except RuntimeError as error:
-                if self._raise_oom or self._num_workers() == 1 or not is_out_of_memory(error):
-                    raise
-                put_gradients(self._space, gradients)
-                return self._skip(error)
+        try:
+            self._index += 1
+            self._call = Call(
+                self._task_train_step, model, criterion, optimizer, update_num, extra, self._slicer, self._no_sync
+            )
+            batch = MicroBatch(self._call, sample, ignore_grad)
+            gradients = [tensor.grad for tensor in self._space.tensors] if self._num_workers() > 1 else []
+            with all_or_nothing(self._space.tensors, self._space.buffers):
+                try:
+                    return self._run(batch)
+                except RuntimeError as error:
+                    if self._raise_oom or self._num_workers() == 1 or not is_out_of_memory(error):
+                        raise
+                    put_gradients(self._space, gradients)
+                    return self._skip(error)
+        except BaseException:  # fairseq drops the update for lack of memory, or writes crash.pt
+            self._optimizer.undo_update()
+            raise
 
     def _run(self, batch: MicroBatch) -> Pass:
         update_num = self._call.update_num

@@ -161,7 +161,9 @@ def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
 def same_state(first: Any, second: Any) -> bool:
     """Nested containers are equal, tensors bit for bit."""
     if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if type(first) is not type(second):
+        return False
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same_state(first[key], second[key]) for key in first)
     if isinstance(first, list | tuple):

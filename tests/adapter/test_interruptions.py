@@ -1,0 +1,106 @@
+"""An error, an interrupt, a signal or a lack of memory at any point of an update inside fairseq."""
+
+import contextlib
+import copy
+import random
+
+import pytest
+import torch
+
+from fairseq_sam import PRESETS
+from tests import interrupt
+from tests.adapter import runs
+
+FLAGS = [*runs.TRANSLATION, "--max-tokens", "60", "--update-freq", "2", "--sam-epsilon", "0.01"]
+NUM_PLACES = 40  # for each preset and scope
+
+
+def few(preset):
+    return ["--sam-fisher-samples", "12"] if PRESETS[preset].mask == "fisher" else []
+
+
+class Update:
+    """The second update of a run, of two micro-batches; its trainer can be put back to the start of it."""
+
+    def __init__(self, data, *flags):
+        self.trainer, batches = runs.build_trainer(data, *FLAGS, *flags)
+        batches = sorted(batches, key=lambda sample: len(sample["id"]))
+        self.trainer.train_step(batches[:2])
+        self.samples = batches[1:3]
+        self.start = self._snapshot()
+        self.before = self.state()
+
+    def _snapshot(self):
+        model = {name: tensor.clone() for name, tensor in self.trainer.model.state_dict().items()}
+        return model, copy.deepcopy(self.trainer.optimizer.state_dict())
+
+    def rewind(self):
+        model, optimizer = self.start
+        self.trainer.model.load_state_dict(model)
+        self.trainer.optimizer.load_state_dict(copy.deepcopy(optimizer))
+        self.trainer.zero_grad()
+        self.trainer.set_num_updates(1)
+
+    def state(self):
+        return copy.deepcopy((self.trainer.model.state_dict(), self.trainer.optimizer.state_dict()))
+
+    def run(self):
+        self.trainer.train_step(self.samples)
+
+    def gradients(self):
+        return [None if p.grad is None else p.grad.clone() for p in self.trainer.model.parameters()]
+
+    def gradients_between(self, monkeypatch):
+        """All states of the accumulated gradients that are not between: before, and after each micro-batch."""
+        from fairseq_sam.adapter.seam import SharpnessAwareTrainStep
+
+        original, found = SharpnessAwareTrainStep.__call__, []
+
+        def recorded(*args, **kwargs):
+            found.append(self.gradients())
+            result = original(*args, **kwargs)
+            found.append(self.gradients())
+            return result
+
+        with monkeypatch.context() as patched:
+            patched.setattr(SharpnessAwareTrainStep, "__call__", recorded)
+            self.run()
+        return [*found, self.gradients(), [None] * len(found[0])]
+
+
+def is_zero(gradients):
+    return all(g is None or not g.any() for g in gradients)
+
+
+@pytest.mark.parametrize(("preset", "scope"), runs.SCOPED)
+def test_at_any_line_of_an_update(translation_data, monkeypatch, preset, scope):
+    """The weights, the optimizer's state and the method's are those of before the update or after it."""
+    update = Update(translation_data, "--optimizer", preset, "--sam-scope", scope, *few(preset))
+    gradients = update.gradients_between(monkeypatch)
+    after = update.state()
+    assert not runs.same_state(update.before, after)
+    update.rewind()
+    places = interrupt.trace(update.run)
+    assert runs.same_state(update.state(), after), "the update can be repeated"
+    numbers = interrupt.first_and_last(places)
+    for number in random.Random(preset).sample(numbers, NUM_PLACES):
+        error = list(interrupt.ERRORS)[number % 4]
+        if error == "out of memory" and not places[number][0].startswith(str(interrupt.ENGINE)):
+            error = "interrupt"  # what takes memory is in the engine
+        update.rewind()
+        with contextlib.nullcontext() if error == "out of memory" else pytest.raises(interrupt.RAISED):
+            with contextlib.suppress(RuntimeError):  # in a micro-batch, fairseq drops the update and goes on
+                interrupt.trace(update.run, at=number, error=error)
+            if error == "exception":
+                raise RuntimeError
+        torch.set_grad_enabled(True)
+        at = f"{error} at {places[number]}"
+        found = update.state()
+        is_before = runs.same_state(found, update.before)
+        assert is_before or runs.same_state(found, after), f"neither before nor after: {at}"
+        left = update.gradients()
+        assert is_zero(left) or any(runs.same_state(left, allowed) for allowed in gradients), at
+        if is_before and number % 8 < 4:
+            update.trainer.set_num_updates(1)
+            update.run()
+            assert runs.same_state(update.state(), after), f"cannot be tried again: {at}"
