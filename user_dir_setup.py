@@ -31,7 +31,10 @@ from typing import Any, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tu
 ROOT = Path(__file__).resolve().parent
 USER_DIR = ROOT / "fairseq_sam"
 DEMO = ROOT / "examples" / "demo" / "run.py"
-OPTIMIZERS = ("sam", "asam", "layer_sam", "multistep_defense", "ga_sam")
+OPTIMIZERS = (
+    "sam", "asam", "layer_sam", "multistep_defense", "ga_sam", "efficient_sam", "msam", "fisher_sam", "esam", "gsam",
+    "delta_sam", "instance_sam", "random_sam", "model_perturbation", "awp", "look_sam", "freelb",
+)  # fmt: skip
 
 OLDEST_PYTHON = (3, 10)
 OLDEST_TESTED_PYTHON = (3, 11)

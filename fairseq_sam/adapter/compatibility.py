@@ -2,11 +2,14 @@
 
 import functools
 import importlib.util
+import logging
 import types
 from typing import Any
 
 import numpy
+from fairseq import checkpoint_utils
 from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
+from fairseq.file_io import PathManager
 from fairseq.nan_detector import NanDetector
 from fairseq.optim import AMPOptimizer
 from fairseq.tasks import FairseqTask
@@ -14,6 +17,8 @@ from fairseq.trainer import Trainer
 
 from fairseq_sam.adapter.optimizers import unwrap
 from fairseq_sam.core.method import PRESETS
+
+logger = logging.getLogger(__name__)
 
 
 def resume_with_the_same_batches() -> None:
@@ -131,3 +136,47 @@ def find_nan_in_transformers() -> None:
 
     add_hooks.skips_containers = True  # type: ignore[attr-defined]
     NanDetector.add_hooks = add_hooks
+
+
+def copy_checkpoints_whole() -> None:
+    """Let ``checkpoint_last.pt`` and ``checkpoint_best.pt`` be whole at any moment.
+
+    fairseq writes a checkpoint under another name first, but copies it over its last and best ones in place: a run
+    that is killed then cannot be resumed. Remote paths are copied as before.
+    """
+    original = PathManager.copy
+    if getattr(original, "copies_whole", False):
+        return
+
+    @functools.wraps(original)
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
+        if not PathManager.supports_rename(dst_path):
+            return original(src_path, dst_path, overwrite)
+        result = original(src_path, dst_path + ".tmp", True)
+        PathManager.rename(dst_path + ".tmp", dst_path)
+        return result
+
+    copy.copies_whole = True  # type: ignore[attr-defined]
+    PathManager.copy = staticmethod(copy)
+
+
+def a_finished_run_stays_finished() -> None:
+    """Let a run that has done its ``--max-update`` updates train no more when its command is given again.
+
+    fairseq looks at the number after each update only, so it would do one more. Other runs are untouched.
+    """
+    original = checkpoint_utils.load_checkpoint
+    if getattr(original, "knows_the_end", False):
+        return
+
+    @functools.wraps(original)
+    def load_checkpoint(cfg: Any, trainer: Trainer, **kwargs: Any) -> Any:
+        loaded = original(cfg, trainer, **kwargs)
+        limit, done = trainer.cfg.optimization.max_update, trainer.get_num_updates()
+        if unwrap(trainer.optimizer) is not None and 0 < limit <= done:
+            logger.info("all %d updates of --max-update %d are done: nothing is left to train", done, limit)
+            trainer.cfg.optimization.max_epoch = -1  # 0 would mean without end
+        return loaded
+
+    load_checkpoint.knows_the_end = True  # type: ignore[attr-defined]
+    checkpoint_utils.load_checkpoint = load_checkpoint

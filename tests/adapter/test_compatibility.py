@@ -82,3 +82,42 @@ def test_bmuf_in_half_precision_is_refused(half):
     flags = ["/nowhere", *runs.common_flags(), *runs.TRANSLATION, "--optimizer", "sam", "--use-bmuf", half]
     with pytest.raises(ValueError, match=rf"--use-bmuf cannot be used with {half}.*leave one of them out"):
         check_config(runs.configuration(flags))
+
+
+def test_a_checkpoint_is_copied_whole(tmp_path, monkeypatch):
+    """Killed in the middle of a copy, the file of before is still there."""
+    import shutil
+
+    from fairseq.file_io import PathManager
+
+    new, last = tmp_path / "checkpoint_1_5.pt", tmp_path / "checkpoint_last.pt"
+    new.write_bytes(b"new" * 1000)
+    last.write_bytes(b"old" * 1000)
+    original = shutil.copyfile
+
+    def killed(source, target):
+        original(source, target)
+        with open(target, "r+b") as file:
+            file.truncate(10)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", killed)
+        with pytest.raises(KeyboardInterrupt):
+            PathManager.copy(str(new), str(last), overwrite=True)
+    assert last.read_bytes() == b"old" * 1000
+    assert PathManager.copy(str(new), str(last), overwrite=True)
+    assert last.read_bytes() == b"new" * 1000
+
+
+@pytest.mark.parametrize("update", [4, 6])
+def test_a_finished_run_stays_finished(translation_data, tmp_path, caplog, update):
+    """In the middle of an epoch and at its end; with more updates to do it goes on."""
+    flags = [*runs.TRANSLATION, "--optimizer", "sam", "--update-freq", "2"]
+    first = runs.train(translation_data, tmp_path, *flags, "--max-update", str(update))
+    written = (tmp_path / "checkpoint_last.pt").stat().st_mtime_ns
+    again = runs.train(translation_data, tmp_path, *flags, "--max-update", str(update))
+    assert (tmp_path / "checkpoint_last.pt").stat().st_mtime_ns == written
+    assert runs.same_bits(first["model"], again["model"])
+    more = runs.train(translation_data, tmp_path, *flags, "--max-update", str(update + 1))
+    assert more["optimizer_history"][-1]["num_updates"] == update + 1
