@@ -1,6 +1,7 @@
 """Interrupts a call at any line or bytecode that chosen files execute."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -68,12 +69,14 @@ def trace(call: Callable[[], Any], event: str = "line", at: int | None = None, e
         BaseException: what the interruption raised, unless the call dealt with it.
     """
     tracer, before = _Tracer(event, at, error), sys.gettrace()
+    gc.disable()  # what an earlier interruption left is not closed meanwhile: errors in there would be ignored
     with _sigterm_exits():
         sys.settrace(tracer)
         try:
             call()
         finally:
             sys.settrace(before)
+            gc.enable()
     return tracer.seen
 
 

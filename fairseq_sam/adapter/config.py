@@ -64,6 +64,18 @@ def check_config(cfg: Any) -> None:
             f"--use-bmuf cannot be used with --{half}: fairseq's BMUF runs backward past the optimizer that scales the "
             "loss and keeps fp32 weights, so that these are never updated or by wrong gradients; leave one of them out"
         )
+    apart = "--use-bmuf" if getattr(cfg.optimization, "use_bmuf", False) else ""
+    apart = "--ddp-backend slowmo" if distributed.ddp_backend == "slowmo" else apart
+    if apart and method.scope == "update":
+        raise ValueError(
+            f"--sam-scope update cannot be used with {apart}: each worker has weights of its own there, and no "
+            "perturbation to share; use --sam-scope microbatch"
+        )
+    if distributed.ddp_backend == "slowmo" and distributed.slowmo_base_algorithm == "sgp":
+        raise ValueError(
+            f"--slowmo-base-algorithm sgp is not supported by --optimizer {name}: it rewrites the weights in every "
+            "forward pass; use --slowmo-base-algorithm localsgd"
+        )
     if distributed.ddp_backend == "fully_sharded":
         raise ValueError(
             f"--ddp-backend fully_sharded is not supported by --optimizer {name}: parameters are flat shards without "

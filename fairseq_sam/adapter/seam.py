@@ -29,7 +29,7 @@ from fairseq_sam.adapter.batches import (
 from fairseq_sam.adapter.embeddings import word_embeddings
 from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer, peak_learning_rate, unwrap
 from fairseq_sam.adapter.slicing import Slicer
-from fairseq_sam.adapter.workers import torch_ddp
+from fairseq_sam.adapter.workers import slowmo, torch_ddp, without_reduction
 from fairseq_sam.core.descent import Gradients, local
 from fairseq_sam.core.fisher import SquaredGradients, squared_gradients
 from fairseq_sam.core.perturbation import Measurements
@@ -298,18 +298,21 @@ class SharpnessAwareTrainStep:
     # -- workers ---------------------------------------------------------------------------------------------------
 
     def _num_workers(self) -> int:
-        return int(self._trainer.data_parallel_world_size)
+        """How many workers have the same weights; 1 where each has its own and they are averaged now and then."""
+        cfg = self._trainer.cfg
+        apart = cfg.optimization.use_bmuf or cfg.distributed_training.ddp_backend == "slowmo"
+        return 1 if apart else int(self._trainer.data_parallel_world_size)
 
     def _last(self, batch: MicroBatch) -> MicroBatch:
         """The batch for the last pass: torch's DDP reduces in it, unless gradients are reduced after it."""
-        return batch if self._reduces_after_pass() else batch.loud()
+        return batch if self._reduces_after_pass() or self._slowmos() else batch.loud()
 
     def _reduced(self, result: Pass) -> Pass:
-        """Do what torch's DDP and the checkpoint need at the end of a micro-batch; passes its result on."""
+        """Do what torch's DDP, SlowMo and the checkpoint need at the end of a micro-batch; passes its result on."""
         if self._reduces_after_pass() and any(r.require_backward_grad_sync for r in self._replicas()):
-            gradients = self._sum([tensor.grad for tensor in self._space.tensors])
-            for tensor, gradient in zip(self._space.tensors, gradients, strict=True):
-                tensor.grad = None if gradient is None else (gradient / self._num_workers()).to(tensor.dtype)
+            self._average_gradients(self._trainer.data_parallel_process_group, self._num_workers())
+        for wrapper in self._slowmos():
+            self._average_gradients(wrapper.local_node_group, wrapper.nprocs_per_node)
         refreshed = self._method.is_active(self._optimizer.epoch, self._call.update_num)
         if (
             self._method.between == "reuse"
@@ -322,6 +325,12 @@ class SharpnessAwareTrainStep:
             self._optimizer.memory.component = None
             self._optimizer.memory.add_component(self._space, component)
         return result
+
+    def _average_gradients(self, group: Any, num_workers: int) -> None:
+        tensors = self._space.tensors
+        gradients, _ = _all_reduce([tensor.grad for tensor in tensors], 0.0, tensors, group)
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            tensor.grad = None if gradient is None else (gradient / num_workers).to(tensor.dtype)
 
     def _sum(self, gradients: Gradients) -> Gradients:
         """Sum a gradient over workers."""
@@ -377,6 +386,10 @@ class SharpnessAwareTrainStep:
         found = (torch_ddp(module) for module in (self._trainer.model, self._trainer.criterion))
         return [replica for replica in found if replica is not None]
 
+    def _slowmos(self) -> list[Any]:
+        found = (slowmo(module) for module in (self._trainer.model, self._trainer.criterion))
+        return [wrapper for wrapper in found if wrapper is not None]
+
     def _reduces_in_backward(self) -> bool:
         return bool(self._replicas()) and not self._reduces_after_pass()
 
@@ -392,6 +405,8 @@ class SharpnessAwareTrainStep:
         stack = ExitStack()
         for replica in self._replicas():
             stack.enter_context(replica.no_sync())
+        for wrapper in self._slowmos():
+            stack.enter_context(without_reduction(wrapper))
         return stack
 
     # -- what the user sees ----------------------------------------------------------------------------------------
