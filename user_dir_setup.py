@@ -49,7 +49,7 @@ BUILD_REQUIREMENTS = ("setuptools>=77", "wheel", "cython", "numpy")
 # fairseq 0.12.2 asks for omegaconf 2.0, whose metadata pip 24.1 and newer refuse.
 BUILD_REQUIREMENTS_PYTHON_3_10 = ("pip<24.1",)
 SHOWN_PACKAGES = ("hydra-core", "omegaconf", "numpy", "sacrebleu", "sacremoses", "sentencepiece", "subword-nmt")
-TEST_PACKAGES = ("pytest", "pytest-xdist", "hypothesis", "pytorch_optimizer", "ruff", "mypy")
+TEST_PACKAGES = ("fairscale", "pytest", "pytest-xdist", "hypothesis", "pytorch_optimizer", "ruff", "mypy")
 ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 
 NUM_STEPS = 6

@@ -290,7 +290,8 @@ class SharpnessAwareTrainStep:
         if self._method.where == "embeddings":
             embeddings = word_embeddings(self._trainer.get_model(), self._trainer.task)
         salt = f"{salt}.{self._call.update_num}.{self._index}"
-        return SharpnessAwareStep(self._method, self._space, self._optimizer.memory, embeddings, salt)
+        scales_loss = _scaler(self._trainer.optimizer) is not None
+        return SharpnessAwareStep(self._method, self._space, self._optimizer.memory, embeddings, salt, scales_loss)
 
     def _is_last_microbatch(self) -> bool:
         return self._index == len(self._samples) - 1
@@ -471,13 +472,18 @@ def _wrappers(optimizer: Any) -> list[Any]:
     return chain
 
 
+def _scaler(optimizer: Any) -> Any:
+    """What scales the loss, None if nothing does."""
+    scalers = (vars(wrapper).get("scaler", vars(wrapper).get("_grad_scaler")) for wrapper in _wrappers(optimizer))
+    return next((scaler for scaler in scalers if scaler is not None), None)
+
+
 def _loss_scale(optimizer: Any) -> float:
     """By what ``optimizer.backward`` multiplies the loss."""
-    for wrapper in _wrappers(optimizer):
-        scaler = vars(wrapper).get("scaler", vars(wrapper).get("_grad_scaler"))
-        if scaler is not None:
-            return float(scaler.get_scale() if hasattr(scaler, "get_scale") else scaler.loss_scale)
-    return 1.0
+    scaler = _scaler(optimizer)
+    if scaler is None:
+        return 1.0
+    return float(scaler.get_scale() if hasattr(scaler, "get_scale") else scaler.loss_scale)
 
 
 def _master_weights(optimizer: Any, tensors: Sequence[Tensor]) -> list[Tensor] | None:

@@ -29,6 +29,7 @@ class Measurements:
             the largest of the sentences' norms.
         num_capped: groups whose T was capped.
         num_skipped: ascent steps without a usable gradient (zero, infinite or NaN); the perturbation is then 0.
+        num_overflows: those of them whose gradient was infinite or NaN.
         num_passes: forward-backward passes, in passes over the whole batch.
         num_forwards: forward passes without gradient, in passes over the whole batch.
         survived: how much of the perturbation the rounding to half precision leaves, from 0 to 1; None in float32.
@@ -38,6 +39,7 @@ class Measurements:
     perturbation_norm: float | Tensor = 0.0
     num_capped: int | Tensor = 0
     num_skipped: int = 0
+    num_overflows: int = 0
     num_passes: float = 0
     num_forwards: float = 0
     survived: float | Tensor | None = None
@@ -53,6 +55,7 @@ class Measurements:
         self.perturbation_norm = self.perturbation_norm + share * other.perturbation_norm
         self.num_capped = self.num_capped + other.num_capped
         self.num_skipped += other.num_skipped
+        self.num_overflows += other.num_overflows
         self.num_passes += share * other.num_passes
         self.num_forwards += share * other.num_forwards
         if other.survived is not None:
@@ -116,6 +119,7 @@ class WeightPerturbation:
             self._step_(ascent, unit)
         else:
             self._skip()
+            self.measured.num_overflows += not is_finite
         return is_finite
 
     @torch.no_grad()
@@ -336,6 +340,7 @@ class EmbeddingPerturbation:
         is_finite = bool(torch.isfinite(norm))
         if not is_finite or norm == 0:
             self.measured.num_skipped += 1
+            self.measured.num_overflows += not is_finite
             self._deltas = [torch.zeros_like(delta) for delta in self._deltas]
             return is_finite
         norms = Groups("sentence").norms

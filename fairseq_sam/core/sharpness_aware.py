@@ -182,7 +182,9 @@ class SharpnessAware:
 
         self.last_step.num_passes = self._refresh_mask(method, space, batch, loss_scale)
         salt = f"{self.num_updates}.{index}"
-        step: SharpnessAwareStep[Any] = SharpnessAwareStep(method, space, self._memory, self._embeddings, salt)
+        step: SharpnessAwareStep[Any] = SharpnessAwareStep(
+            method, space, self._memory, self._embeddings, salt, scales_loss=loss_scale != 1.0
+        )
         parts = split(method, batch)
         clean, last = [], []
         for part, share in parts:

@@ -49,6 +49,9 @@ class SharpnessAwareStep(Generic[Result]):
         memory: what the method remembers between updates.
         embeddings: the word embeddings, for a method that perturbs them.
         salt: names this step among those of a run, for random directions and masks.
+        scales_loss: a gradient scaler multiplies the loss, and skips updates whose gradient is not finite. It learns of
+            an ascent pass that was not from a descent gradient that is infinite; without a scaler the ascent step
+            alone is skipped.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class SharpnessAwareStep(Generic[Result]):
         memory: Memory | None = None,
         embeddings: WordEmbeddings | None = None,
         salt: str = "",
+        scales_loss: bool = False,
     ) -> None:
         self.method = method
         self.space = space
         self._memory = memory or Memory()
         self._salt = salt
+        self._scales_loss = scales_loss
         self._perturbation: WeightPerturbation | EmbeddingPerturbation
         if method.where == "embeddings":
             if embeddings is None:
@@ -282,9 +287,14 @@ class SharpnessAwareStep(Generic[Result]):
     ) -> Tensor | None:
         """All that ``p.grad`` shall hold of parameter `i`, as plain accumulation adds."""
         if not shared:
-            return add(prior, self._descent.combine(i, gradient))
+            return add(prior, self._told(self._descent.combine(i, gradient)))
         accumulated = add(prior, gradient)  # enters the descent as one gradient, once the last micro-batch is in
-        return self._descent.combine(i, accumulated) if complete else accumulated
+        return self._told(self._descent.combine(i, accumulated)) if complete else accumulated
+
+    def _told(self, gradient: Tensor | None) -> Tensor | None:
+        """The gradient, or an infinite one where a gradient scaler has to learn of the ascent."""
+        overflows = self._scales_loss and self.measured.num_overflows > 0
+        return torch.full_like(gradient, torch.inf) if overflows and gradient is not None else gradient
 
     def _combined(
         self, prior: Gradients, gradients: Gradients, finish: bool, shared: bool, reduce: Reduce
@@ -295,7 +305,8 @@ class SharpnessAwareStep(Generic[Result]):
                 return gradients
         if self.method.between == "reuse":
             self._keep_component(gradients, reduce)
-        return add_all(prior, self._descent.combine_all(gradients, self._sample_size, reduce))
+        combined = self._descent.combine_all(gradients, self._sample_size, reduce)
+        return add_all(prior, [self._told(gradient) for gradient in combined])
 
     def _keep_component(self, gradients: Gradients, reduce: Reduce) -> None:
         """Remember the sharpness component; a step that did not move has none."""

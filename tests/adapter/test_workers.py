@@ -26,19 +26,23 @@ def run_pair(data, out, backend, cases, failures=None):
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tests.adapter.worker"]
     flags = json.dumps({name: [*runs.TRANSLATION, *case] for name, case in cases.items()})
+    logs = [(out / f"log.{rank}").open("w+") for rank in range(2)]  # a full pipe would stop a worker
     workers = [
         subprocess.Popen(
             [*command, str(rank), str(port), str(data), str(out), backend, flags, json.dumps(failures or {})],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=runs.ROOT,
+            stdout=log, stderr=log, cwd=runs.ROOT,
         )
-        for rank in range(2)
+        for rank, log in enumerate(logs)
     ]  # fmt: skip
     try:
-        outputs = [worker.communicate(timeout=500)[0] for worker in workers]
+        statuses = [worker.wait(timeout=500) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    assert all(worker.returncode == 0 for worker in workers), outputs[0][-3000:] + outputs[1][-3000:]
+        for log in logs:
+            log.close()
+    ends = [(out / f"log.{rank}").read_text()[-3000:] for rank in range(2)]
+    assert not any(statuses), ends[0] + ends[1]
     return {name: [torch.load(out / f"{name}.{rank}.pt") for rank in range(2)] for name in cases}
 
 
@@ -98,37 +102,143 @@ def case_flags(name, options):
     return [*preset, *options, *SGD]
 
 
-@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
-def test_every_preset_on_two_workers(translation_data, tmp_path, backend):
+def all_presets(mode):
+    return pytest.mark.mode(mode, presets=list(PRESETS))
+
+
+# Flags for a backend; those of SlowMo average weights after every update, or gradients within a node of two workers.
+BACKENDS = {
+    "legacy_ddp": ("legacy_ddp", []),
+    "pytorch_ddp": ("pytorch_ddp", []),
+    "zero": ("legacy_ddp", ["--zero-sharding", "os"]),
+    "slowmo": ("slowmo", ["--nprocs-per-node", "1", "--localsgd-frequency", "1"]),
+    "slowmo node": ("slowmo", ["--nprocs-per-node", "2"]),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=all_presets(name.partition(" ")[0])) for name in BACKENDS])
+def test_every_preset_on_two_workers(translation_data, tmp_path, name):
     """Replicas end bit-equal, masks and components included; where nothing is random, as one process would."""
     assert {*ALIKE, "delta_sam", "random_sam"} == set(PRESETS)
-    cases = {name: case_flags(name, options) for name, options in {**ALIKE, **RANDOM}.items()}
+    backend, more = BACKENDS[name]
+    cases = {key: [*case_flags(key, options), *more] for key, options in {**ALIKE, **RANDOM}.items()}
+    apart = backend == "slowmo"  # each worker has a mask and a component of its own, and shares no perturbation
+    if apart:
+        cases = {key: flags for key, flags in cases.items() if "update" not in flags}
+    found = run_pair(translation_data, tmp_path / "pair", backend, cases)
+    for key, flags in cases.items():
+        first, second = found[key]
+        assert runs.same_bits(first["weights"], second["weights"]), f"{key}: replicas diverge"
+        assert apart or runs.same_state(first["method"], second["method"]), f"{key}: the method's state diverges"
+        assert all(torch.isfinite(w).all() for w in first["weights"].values())
+        equal = key in ALIKE or key in ("gsam_update", "look_update", "quarter_ga_sam")
+        if equal and not (apart and key in ("fisher_sam", "look_sam", "gsam")):
+            flags = case_flags(key, {**ALIKE, **RANDOM}[key])
+            expected, plain = run_one(translation_data, *flags), run_one(translation_data, *flags, "--sam-epsilon", "0")
+            moved = max(float((expected[n] - plain[n]).abs().max()) for n in expected)
+            off = max(float((expected[n] - first["weights"][n]).abs().max()) for n in expected)
+            assert moved > 2e-5 and off < 5e-6 + 0.02 * moved, f"{key}: moved {moved}, off by {off}"
+
+
+SHARED = {name: options for name, options in ALIKE.items() if runs.shares_a_perturbation(name)}
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+@pytest.mark.mode("workers, update", presets=[p for p in PRESETS if runs.shares_a_perturbation(p)])
+def test_one_perturbation_for_two_workers(translation_data, tmp_path, backend):
+    """The same as one process with all their micro-batches; one reduction per ascent step and no other."""
+    cases = {name: [*case_flags(name, options), "--sam-scope", "update"] for name, options in SHARED.items()}
+    cases |= {name: [*case_flags(name, []), "--sam-scope", "update"] for name in ("delta_sam", "random_sam")}
     found = run_pair(translation_data, tmp_path / "pair", backend, cases)
     for name, flags in cases.items():
         first, second = found[name]
         assert runs.same_bits(first["weights"], second["weights"]), f"{name}: replicas diverge"
         assert runs.same_state(first["method"], second["method"]), f"{name}: the method's state diverges"
-        assert all(torch.isfinite(w).all() for w in first["weights"].values())
-        if name in ALIKE or name in ("gsam_update", "look_update", "quarter_ga_sam"):
+        if name in SHARED:
             expected, plain = run_one(translation_data, *flags), run_one(translation_data, *flags, "--sam-epsilon", "0")
-            moved = max(float((expected[key] - plain[key]).abs().max()) for key in expected)
-            off = max(float((expected[key] - first["weights"][key]).abs().max()) for key in expected)
+            moved = max(float((expected[n] - plain[n]).abs().max()) for n in expected)
+            off = max(float((expected[n] - first["weights"][n]).abs().max()) for n in expected)
             assert moved > 2e-5 and off < 5e-6 + 0.02 * moved, f"{name}: moved {moved}, off by {off}"
+
+
+COUNTED = ("sam", "ga_sam", "esam", "delta_sam", "msam", "instance_sam", "random_sam", "freelb", "efficient_sam")
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+def test_communication(translation_data, tmp_path, backend):
+    """By micro-batch none beyond plain training's; shared, exactly one reduction for each ascent step."""
+    cases = {"plain": ["--optimizer", "adam"]}
+    for name in COUNTED:
+        cases[name] = ["--optimizer", name]
+        if runs.shares_a_perturbation(name) and name != "random_sam":
+            steps = runs.steps_flag(name, 2)
+            cases[f"{name} update"] = ["--optimizer", name, *steps, "--sam-scope", "update"]
+    run_pair(translation_data, tmp_path / "pair", backend, cases)
+
+    def counted(name, rank):
+        return json.loads((tmp_path / "pair" / f"{name}.{rank}.json").read_text())["collectives"]
+
+    for name in cases:
+        expected = counted("plain", 0) + (3 * 2 if name.endswith(" update") else 0)  # two steps of three updates
+        assert counted(name, 0) == counted(name, 1) == expected, name
+
+
+@pytest.mark.parametrize(("name", "backend"), [("bmuf", "legacy_ddp"), ("bmuf", "pytorch_ddp")])
+@pytest.mark.mode("bmuf", presets=list(PRESETS))
+def test_bmuf(translation_data, tmp_path, name, backend):
+    """Between synchronisations each worker is a run of its own; a synchronisation makes the weights equal."""
+    apart = ["--use-bmuf", "--global-sync-iter", "100"]
+    together = ["--use-bmuf", "--global-sync-iter", "3", "--warmup-iterations", "1"]
+    options = {key: case_flags(key, value) for key, value in {**ALIKE, **RANDOM}.items() if "update" not in value}
+    cases = {key: [*flags, *apart] for key, flags in options.items()}
+    cases |= {f"{key} together": [*flags, *together] for key, flags in options.items()}
+    found = run_pair(translation_data, tmp_path / "pair", backend, cases)
+    for key, flags in options.items():
+        assert runs.same_bits(*(state["weights"] for state in found[f"{key} together"])), key
+        assert not runs.same_bits(*(state["weights"] for state in found[key])), key
+        if key in ALIKE:
+            trainer, batches = runs.build_trainer(translation_data, *runs.TRANSLATION, *flags)
+            for numbers in ((0, 2), (4, 6), (8, 10)):  # those of the first worker
+                trainer.train_step([batches[number] for number in numbers])
+            expected = {n: p.detach() for n, p in trainer.model.named_parameters()}
+            assert all(torch.allclose(found[key][0]["weights"][n], w, rtol=0, atol=1e-6) for n, w in expected.items())
+
+
+RESUMED = {
+    "ga_sam": [], "look_sam": ["--sam-interval", "2"], "gsam": [],
+    "fisher_sam": ["--sam-fisher-samples", "50", "--sam-sparsity", "0.5"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["legacy_ddp", "pytorch_ddp", "zero"])
+def test_two_workers_resume_exactly(translation_data, tmp_path, name):
+    """After two updates both workers load the first one's checkpoint; the third is that of the uninterrupted run."""
+    backend, more = BACKENDS[name]
+    flags = {key: ["--optimizer", key, *options, *more, "--clip-norm", "1.0"] for key, options in RESUMED.items()}
+    save = ["--save-dir", str(tmp_path)]
+    cases = {**flags, **{f"{key} resumed": [*case, *save, "--resume"] for key, case in flags.items()}}
+    found = run_pair(translation_data, tmp_path / "pair", backend, cases)
+    for key in flags:
+        for rank in range(2):
+            whole, parts = found[key][rank], found[f"{key} resumed"][rank]
+            assert runs.same_bits(whole["weights"], parts["weights"]), key
+            assert runs.same_state(whole["method"], parts["method"]), key
 
 
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
 @pytest.mark.parametrize("scope", ["microbatch", "update"])
 def test_two_workers(translation_data, tmp_path, backend, scope):
-    plain, _ = run_two(translation_data, tmp_path / "plain", backend, "--optimizer", "adam")
-    zero, _ = run_two(translation_data, tmp_path / "zero", backend, *GA_SAM, "--sam-epsilon", "0", "--sam-scope", scope)
-    moved, reductions = run_two(
-        translation_data, tmp_path / "moved", backend, *GA_SAM, "--sam-epsilon", "1e-3", "--sam-scope", scope
-    )
-    assert runs.same_bits(plain[0], plain[1]) and runs.same_bits(zero[0], zero[1]) and runs.same_bits(*moved)
-    assert runs.same_bits(plain[0], zero[0])
-    assert not runs.same_bits(plain[0], moved[0])
-    expected = 0 if scope == "microbatch" else 3 * 2  # one reduction per ascent step of each of three updates
-    assert reductions == [expected, expected]
+    """At epsilon 0 the base run bit for bit."""
+    scope_flags = ("--sam-scope", scope)
+    cases = {
+        "plain": ("--optimizer", "adam"),
+        "zero": (*GA_SAM, "--sam-epsilon", "0", *scope_flags),
+        "moved": (*GA_SAM, "--sam-epsilon", "1e-3", *scope_flags),
+    }
+    found = run_pair(translation_data, tmp_path / "pair", backend, cases)
+    plain, zero, moved = ([state["weights"] for state in found[name]] for name in cases)
+    assert runs.same_bits(*plain) and runs.same_bits(*zero) and runs.same_bits(*moved)
+    assert runs.same_bits(plain[0], zero[0]) and not runs.same_bits(plain[0], moved[0])
 
 
 LAYERDROP = ("--encoder-layers", "3", "--encoder-layerdrop", "0.5", "--find-unused-parameters")

@@ -8,18 +8,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from fairseq.logging import metrics
 
 import fairseq_sam  # noqa: F401
 from fairseq_sam.adapter import seam
 from fairseq_sam.adapter.optimizers import unwrap
+from fairseq_sam.adapter.workers import torch_ddp
 from tests.adapter import runs
 
 
 def main() -> None:
     rank, port, data, out, backend, cases, failures = sys.argv[1:]
-    reductions = []
+    reductions, collectives = [], []
     all_reduce = seam._all_reduce
     seam._all_reduce = lambda *args: reductions.append(1) or all_reduce(*args)
+    for name in ("all_reduce", "all_gather", "broadcast", "reduce"):
+        original = getattr(dist, name)
+        setattr(dist, name, lambda *a, _original=original, **k: collectives.append(1) or _original(*a, **k))
     if backend == "pytorch_ddp":
         # fairseq names a CUDA device to torch's DDP; on CPU there is none.
         from fairseq.models import distributed_fairseq_model as wrapping
@@ -35,12 +40,15 @@ def main() -> None:
     distributed_utils._USE_XLA = False
     for name, flags in json.loads(cases).items():
         reductions.clear()
+        collectives.clear()
         failing = {number for failing_rank, number in json.loads(failures).get(name, []) if failing_rank == int(rank)}
-        trainer = train(data, rank, port, backend, flags, failing)
+        trainer = train(data, rank, port, backend, flags, failing, collectives)
         state = {key: p.detach().clone() for key, p in trainer.get_model().named_parameters()}
         method = unwrap(trainer.optimizer).memory.state_dict() if unwrap(trainer.optimizer) else {}
         torch.save({"weights": state, "method": method}, Path(out) / f"{name}.{rank}.pt")
-        (Path(out) / f"{name}.{rank}.json").write_text(json.dumps({"reductions": len(reductions)}))
+        (Path(out) / f"{name}.{rank}.json").write_text(
+            json.dumps({"reductions": len(reductions), "collectives": len(collectives)})
+        )
 
 
 def run_out_of_memory(task: type, failing: set[int]) -> None:
@@ -56,25 +64,54 @@ def run_out_of_memory(task: type, failing: set[int]) -> None:
     task.train_step = train_step
 
 
-def train(data: str, rank: str, port: str, backend: str, flags: list[str], failing: set[int]):
-    from fairseq.logging import metrics
+def count_buckets(trainer, collectives: list[int]) -> None:
+    """Let torch's DDP count the buckets that it reduces in backward, which it does behind Python's back."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+    for module in (trainer.model, trainer.criterion):
+        replica = torch_ddp(module)
+        if replica is not None:
+            replica.register_comm_hook(
+                None, lambda state, bucket: collectives.append(1) or allreduce_hook(state, bucket)
+            )
+
+
+def train(data: str, rank: str, port: str, backend: str, flags: list[str], failing: set[int], collectives: list[int]):
+    resumes = "--resume" in flags
     cfg = runs.configuration([
-        data, *runs.common_flags(), *flags, "--distributed-world-size", "2", "--distributed-rank", rank,
+        data, *runs.common_flags(), *(flag for flag in flags if flag != "--resume"),
+        "--distributed-world-size", "2", "--distributed-rank", rank,
         "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-backend", "gloo",
         "--distributed-no-spawn", "--ddp-backend", backend,
     ])  # fmt: skip
     cfg.distributed_training.distributed_rank = int(rank)
     trainer, batches = runs.trainer_of(cfg)
     run_out_of_memory(type(trainer.task), failing)
+    count_buckets(trainer, collectives)
     trainer.reset_dummy_batch(batches[0])
     for number in range(3):
         micro = batches[2 * number : 2 * number + 2]
         if number == 2 and rank == "1":
             micro = [{}, {}]  # a shard that has run out of data: fairseq runs dummy batches
+        if number == 2 and resumes:
+            trainer = resumed(trainer, cfg, batches, rank, flags)
         with metrics.aggregate():
             trainer.train_step(micro)
     return trainer
+
+
+def resumed(trainer, cfg, batches, rank: str, flags: list[str]):
+    """A new trainer that has loaded the checkpoint of another."""
+    path = Path(cfg.checkpoint.save_dir) / f"resumed.{abs(hash(tuple(flags)))}.pt"
+    trainer.consolidate_optimizer()
+    if rank == "0":
+        trainer.save_checkpoint(str(path), {"train_iterator": {"epoch": 1}, "val_loss": None})
+    dist.barrier()
+    other, _ = runs.trainer_of(cfg)
+    other.load_checkpoint(str(path))
+    other.begin_epoch(1)
+    other.reset_dummy_batch(batches[0])
+    return other
 
 
 if __name__ == "__main__":
