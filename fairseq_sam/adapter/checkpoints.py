@@ -2,6 +2,8 @@
 
 import argparse
 import collections
+import functools
+import pickle
 import re
 import typing
 from collections.abc import Sequence
@@ -15,6 +17,8 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 from torch import Tensor
+
+from fairseq_sam.adapter.errors import CheckpointError
 
 
 def checkpoint_classes() -> list[Any]:
@@ -52,6 +56,52 @@ def checkpoint_classes() -> list[Any]:
 def allow_checkpoint_classes() -> None:
     """Let torch's safe loader read fairseq's checkpoints. It stays on: a pickle with any other class is refused."""
     torch.serialization.add_safe_globals(checkpoint_classes())
+
+
+def explain_unreadable_checkpoints() -> None:
+    """Let ``checkpoint_utils.load_checkpoint_to_cpu`` say what is wrong with a file and what to do."""
+    original = checkpoint_utils.load_checkpoint_to_cpu
+    if getattr(original, "explains", False):
+        return
+
+    @functools.wraps(original)
+    def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(path, *args, **kwargs)
+        except CheckpointError:
+            raise
+        except RuntimeError as error:
+            if not re.search(r"zip archive|unexpected EOF|corrupted|storage has wrong", str(error)):
+                raise
+            raise CheckpointError(_damaged(path, str(error).partition(". ")[0])) from None
+        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(_explanation(path, error)) from None
+
+    load_checkpoint_to_cpu.explains = True  # type: ignore[attr-defined]
+    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+
+
+def _explanation(path: str, error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return _damaged(path, "it ends too early")
+    if not isinstance(error, pickle.UnpicklingError):
+        return _damaged(path, f"it is not made as those of fairseq are ({type(error).__name__}: {error})")
+    # torch's own message proposes to switch the safe loader off.
+    unknown = re.search(r"GLOBAL ([\w.]+)|(?:class|function|call) ([A-Za-z_]\w*\.[\w.]+)", str(error))
+    if unknown is None:
+        return _damaged(path, "torch's safe loader cannot read it")
+    return (
+        f"{path} holds {unknown.group(1) or unknown.group(2)}, which no checkpoint of fairseq does; it was not loaded, nothing in it was "
+        "executed. Take a checkpoint that you trust; a class of your own can be allowed by "
+        "torch.serialization.add_safe_globals in your user-dir"
+    )
+
+
+def _damaged(path: str, reason: str) -> str:
+    return (
+        f"{path} is damaged or no checkpoint: {reason}. Nothing of it was loaded; name another with --restore-file, "
+        "such as the newest checkpoint_<epoch>_<update>.pt, or remove it to begin anew"
+    )
 
 
 def average_weights(paths: Sequence[str | Path]) -> dict[str, Any]:

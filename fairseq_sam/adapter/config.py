@@ -9,6 +9,7 @@ from fairseq import tasks
 from fairseq.criterions import CRITERION_REGISTRY
 from omegaconf import DictConfig
 
+from fairseq_sam.adapter.errors import ConfigurationError
 from fairseq_sam.adapter.instance_losses import check_criterion
 from fairseq_sam.adapter.optimizers import check_base, method_of, peak_learning_rate
 from fairseq_sam.adapter.regularizers import RegularizedCriterion
@@ -95,7 +96,10 @@ def check_before_data_is_read() -> None:
     def setup_task(cfg: Any, **kwargs: Any) -> Any:
         root = _root(cfg)
         if root is not None:
-            check_config(root)
+            try:
+                check_config(root)
+            except ValueError as error:
+                raise ConfigurationError(str(error)) from None
         return original(cfg, **kwargs)
 
     setup_task.checks_sharpness_aware_config = True  # type: ignore[attr-defined]

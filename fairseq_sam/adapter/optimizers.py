@@ -1,20 +1,28 @@
 """The presets as fairseq optimizers: flags, and delegation of everything to a base optimizer."""
 
+import logging
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from functools import cache
+from types import UnionType
 from typing import Any, NamedTuple, Optional
 
+import torch
 from fairseq import optim
 from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import OPTIMIZER_DATACLASS_REGISTRY, OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimizer
 from omegaconf import DictConfig, OmegaConf
 
+from fairseq_sam._version import __version__
+from fairseq_sam.adapter.errors import CheckpointError, ConfigurationError
 from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import PRESETS, Method
 
+logger = logging.getLogger(__name__)
+
 STATE_KEY = "sharpness_aware"  # where the method's state rides in the optimizer's state dict
+STATE_FORMAT = 1  # of that state; goes up when an older version could not read it
 
 
 class Flag(NamedTuple):
@@ -364,6 +372,9 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state with the method's beside it."""
         own = {
+            "format": STATE_FORMAT,
+            "version": __version__,
+            "preset": self.preset,
             "base": self.cfg.base_optimizer,
             "num_ascents": self.num_ascents,
             "num_skipped": self.num_skipped,
@@ -374,20 +385,70 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
         """Load a state of this class, or one that the base alone wrote (the method then starts anew).
 
+        The base's part of another preset's state is loaded; that preset's own part is left, with a message.
+
         Raises:
-            ValueError: if the state is that of another base optimizer.
+            ConfigurationError: if the state is that of another base optimizer.
+            CheckpointError: if the method's part is of a newer format, or not what a preset writes.
         """
         base_state = {key: value for key, value in state_dict.items() if key != STATE_KEY}
-        own = state_dict.get(STATE_KEY, {})
+        own = checked_state(state_dict.get(STATE_KEY, {}))
         if own.get("base", self.cfg.base_optimizer) != self.cfg.base_optimizer:
-            raise ValueError(
+            raise ConfigurationError(
                 f"the checkpoint's optimizer state is that of --base-optimizer {own['base']}, but --base-optimizer is "
                 f"{self.cfg.base_optimizer}; use the same one, or start the optimizer anew with --reset-optimizer"
             )
+        if own.get("preset", self.preset) != self.preset:
+            logger.warning(
+                "the checkpoint is of --optimizer %s: %s goes on with its base optimizer's state and its weights; what "
+                "%s remembered is left", own["preset"], self.preset, own["preset"],
+            )  # fmt: skip
+            own = {}
+        self.base.load_state_dict(base_state, optimizer_overrides)
         self.num_ascents = own.get("num_ascents", 0)
         self.num_skipped = own.get("num_skipped", 0)
         self.memory.load_state_dict(own)
-        self.base.load_state_dict(base_state, optimizer_overrides)
+
+
+def checked_state(state: Any) -> dict[str, Any]:
+    """Return the method's part of an optimizer state if it is one, brought to today's format.
+
+    Format 0, from before there was a number, has the contents of format 1 without version and preset.
+
+    Args:
+        state: what a checkpoint holds under ``sharpness_aware``.
+
+    Raises:
+        CheckpointError: if it is of a newer format, or its contents are not of the kind that ``state_dict`` gives.
+    """
+    remedy = "start the optimizer anew with --reset-optimizer"
+    if not isinstance(state, dict):
+        raise CheckpointError(f"the checkpoint's {STATE_KEY} state is {type(state).__name__}, not a dict; {remedy}")
+    number = state.get("format", 0)
+    if not isinstance(number, int) or number > STATE_FORMAT:
+        raise CheckpointError(
+            f"the checkpoint's {STATE_KEY} state was written by fairseq_sam {state.get('version', '?')} in format "
+            f"{number}, and this is {__version__}, which reads formats up to {STATE_FORMAT}; install that version or a "
+            f"newer one, or {remedy}"
+        )
+    fisher = state.get("fisher", {})
+    fields: list[tuple[str, Any, type | UnionType]] = [
+        *((key, state.get(key, 0), int) for key in ("num_ascents", "num_skipped")),
+        *((key, state.get(key, ""), str) for key in ("base", "preset", "version")),
+        ("component", state.get("component"), dict | None),
+        ("fisher", fisher, dict),
+    ]
+    if isinstance(fisher, dict):
+        fields += [(f"fisher.{key}", fisher.get(key), dict | None) for key in ("mask", "sums")]
+        fields += [(f"fisher.{key}", fisher.get(key, 0), int) for key in ("num_instances", "update")]
+    for key, value, kind in fields:
+        is_named = not isinstance(value, dict) or key == "fisher" or all(torch.is_tensor(t) for t in value.values())
+        if not isinstance(value, kind) or not is_named:
+            raise CheckpointError(
+                f"the checkpoint's {STATE_KEY} state is not what fairseq_sam writes: {key} is {type(value).__name__}; "
+                f"take another checkpoint, or {remedy}"
+            )
+    return state
 
 
 def register_presets() -> None:

@@ -117,9 +117,12 @@ def train(data: Path, save_dir: Path, *flags: str) -> dict[str, Any]:
     return load(save_dir / "checkpoint_last.pt")
 
 
+def command_in_subprocess(command: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", f"fairseq_cli.{command}", *flags], capture_output=True, text=True)
+
+
 def train_in_subprocess(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fairseq_cli.train", *flags]
-    return subprocess.run(command, capture_output=True, text=True)
+    return command_in_subprocess("train", *flags)
 
 
 def load(path: Path) -> dict[str, Any]:

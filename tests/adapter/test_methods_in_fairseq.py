@@ -197,7 +197,13 @@ MULTILINGUAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("preset", "scope"), runs.SCOPED)
+@pytest.mark.parametrize(
+    ("preset", "scope"),
+    [
+        pytest.param(p, s, marks=[] if PRESETS[p].needs_instances else pytest.mark.mode("own train_step"))
+        for p, s in runs.SCOPED
+    ],
+)
 def test_methods_that_need_no_slices_take_any_batch(translation_data, preset, scope):
     """A multilingual task's sample is a dictionary of samples, and its train_step runs backward for each language."""
     trainer, batches = runs.build_trainer(

@@ -7,6 +7,7 @@ from fairseq.logging import metrics
 from fairseq_sam import PRESETS
 from fairseq_sam.adapter.optimizers import unwrap
 from fairseq_sam.adapter.seam import _loss_scale, _master_weights
+from fairseq_sam.core.method import TENSOR_GRANULARITIES
 from tests.adapter import runs
 
 ON_CPU = {
@@ -137,7 +138,7 @@ def test_epsilon_zero_on_a_gpu(translation_data, monkeypatch, mode):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("mode", ON_CPU)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=pytest.mark.mode(mode)) for mode in ON_CPU])
 def test_every_preset_trains_in_half_precision(translation_data, mode, preset):
     """The radius is large enough for the weights' rounding; nothing overflows, and the loss scale stays."""
     few = ["--sam-fisher-samples", "4"] if PRESETS[preset].mask == "fisher" else []
@@ -149,14 +150,27 @@ def test_every_preset_trains_in_half_precision(translation_data, mode, preset):
     assert not runs.same_bits(plain, found)
 
 
+GPU_MODES = {
+    "fp32": [], "fp16": ["--fp16"], "fp16 not flat": ["--fp16", "--fp16-no-flatten-grads"],
+    "memory-efficient fp16": ["--fp16", "--memory-efficient-fp16"], "bf16": ["--bf16"],
+    "memory-efficient bf16": ["--bf16", "--memory-efficient-bf16"], "amp": ["--amp"],
+}  # fmt: skip
+FLAT = [p for p, m in PRESETS.items() if not (m.has_groups and m.granularity in TENSOR_GRANULARITIES)]
+
+
 @on_gpu
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("mode", ["amp", "fp32", "fp16 not flat", "bf16"])
+@pytest.mark.parametrize(
+    ("mode", "preset"),
+    [
+        pytest.param(mode, preset, marks=pytest.mark.mode(mode), id=f"{mode}-{preset}")
+        for mode in GPU_MODES
+        for preset in (FLAT if mode == "fp16" else PRESETS)
+    ],
+)
 def test_every_preset_on_a_gpu(translation_data, monkeypatch, mode, preset):
     """Masks, random directions and losses of instances live on the device; nothing overflows."""
     monkeypatch.setattr(runs, "COMMON", runs.COMMON.replace(" --cpu", ""))
-    flags = {**ON_GPU, "bf16": ["--bf16", "--fp16-no-flatten-grads"]}[mode]
     few = ["--sam-fisher-samples", "4"] if PRESETS[preset].mask == "fisher" else []
-    trainer, found = states(translation_data, flags, "--optimizer", preset, *few)
+    trainer, found = states(translation_data, GPU_MODES[mode], "--optimizer", preset, *few)
     assert next(trainer.model.parameters()).is_cuda and unwrap(trainer.optimizer).num_skipped == 0
     assert all(torch.isfinite(w).all() for w in found.values())
