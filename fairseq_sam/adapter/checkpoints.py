@@ -90,8 +90,9 @@ def _explanation(path: str, error: Exception) -> str:
     unknown = re.search(r"GLOBAL ([\w.]+)|(?:class|function|call) ([A-Za-z_]\w*\.[\w.]+)", str(error))
     if unknown is None:
         return _damaged(path, "torch's safe loader cannot read it")
+    name = unknown.group(1) or unknown.group(2)
     return (
-        f"{path} holds {unknown.group(1) or unknown.group(2)}, which no checkpoint of fairseq does; it was not loaded, nothing in it was "
+        f"{path} holds {name}, which no checkpoint of fairseq does; it was not loaded, nothing in it was "
         "executed. Take a checkpoint that you trust; a class of your own can be allowed by "
         "torch.serialization.add_safe_globals in your user-dir"
     )

@@ -1,5 +1,9 @@
 """Bad flags end the run before any data is read: the data folder of these runs does not exist."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from fairseq_sam.adapter.config import check_config
@@ -58,6 +62,78 @@ CASES = {
     ),
     "flat fp16": (["--fp16"], ("--fp16", "--sam-granularity layer", "--fp16-no-flatten-grads")),
     "sharded parameters": (["--ddp-backend", "fully_sharded"], ("--ddp-backend", "fully_sharded", "pytorch_ddp")),
+    "infinite epsilon": (["--sam-epsilon", "inf"], ("--sam-epsilon", "inf", "finite")),
+    "step size 0": (["--sam-step-size", "0"], ("--sam-step-size", "0.0", "> 0")),
+    "infinite cap of zero": (["--sam-max-scale", "0"], ("--sam-max-scale", "0.0", "> 0")),
+    "negative steps": (["--sam-steps", "-3"], ("--sam-steps", "-3", ">= 1")),
+    "unknown ball": (["--sam-ball", "layer"], ("--sam-ball", "'layer'", "group")),
+    "unknown step rule": (["--sam-step-rule", "sign"], ("--sam-step-rule", "'sign'", "steepest")),
+    "unknown start": (["--sam-init", "normal"], ("--sam-init", "'normal'", "zero")),
+    "unknown unit": (["--sam-gradient", "tokens"], ("--sam-gradient", "'tokens'", "mean, sum")),
+    "unknown mask": (["--sam-mask", "magnitude"], ("--sam-mask", "'magnitude'", "fisher")),
+    "unknown scope": (["--sam-scope", "worker"], ("--sam-scope", "'worker'", "microbatch, update")),
+    "unknown place": (["--sam-where", "logits"], ("--sam-where", "'logits'", "weights, embeddings")),
+    "unknown rounding": (["--sam-rounding", "up"], ("--sam-rounding", "'up'", "nearest, stochastic")),
+    "unknown dropout": (["--sam-dropout", "none"], ("--sam-dropout", "'none'", "same, fresh")),
+    "unknown between": (["--sam-between", "skip"], ("--sam-between", "'skip'", "reuse")),
+    "parts 0": (["--sam-m", "0"], ("--sam-m", "0", ">= 1")),
+    "start update below 0": (["--sam-start-update", "-1"], ("--sam-start-update", "-1", ">= 0")),
+    "end update 0": (["--sam-end-update", "0"], ("--sam-end-update", "0", ">= 1")),
+    "fraction above 1": (["--sam-ascent-fraction", "1.5"], ("--sam-ascent-fraction", "1.5", "(0, 1]")),
+    "mask interval 0": (
+        ["--sam-mask", "fisher", "--sam-mask-interval", "0"],
+        ("--sam-mask-interval", "0", ">= 1"),
+    ),
+    "no Fisher samples": (
+        ["--sam-mask", "fisher", "--sam-fisher-samples", "0"],
+        ("--sam-fisher-samples", "0", ">= 1"),
+    ),
+    "negative sparsity": (
+        ["--sam-mask", "random", "--sam-sparsity", "-0.1"],
+        ("--sam-sparsity", "-0.1", "[0, 1)"),
+    ),
+    "no kept instances": (
+        ["--sam-descent", "sds", "--sam-esam-gamma", "0"],
+        ("--sam-esam-gamma", "0.0", "(0, 1]"),
+    ),
+    "negative alpha": (["--sam-descent", "gsam", "--sam-gsam-alpha", "-1"], ("--sam-gsam-alpha", "-1.0", ">= 0")),
+    "negative reuse": (
+        ["--sam-between", "reuse", "--sam-look-alpha", "-1", "--sam-descent", "last"],
+        ("--sam-look-alpha", "-1.0", ">= 0"),
+    ),
+    "no regular expression": (["--sam-exclude", "(bias"], ("--sam-exclude", "'(bias'", "regular expression")),
+    "floor without weights": (["--sam-delta-eta", "1e-3"], ("--sam-delta-eta", "--sam-ascent weighted")),
+    "uniform start of weights": (["--sam-init", "uniform"], ("--sam-init", "--sam-where")),
+    "rounding of embeddings": (
+        ["--optimizer", "freelb", "--sam-rounding", "stochastic"],
+        ("(--sam-rounding) stochastic", "--sam-where"),
+    ),
+    "instances and parts": (["--optimizer", "instance_sam", "--sam-m", "2"], ("--sam-m", "instance")),
+    "two steps at random": (["--optimizer", "random_sam", "--sam-steps", "2"], ("--sam-steps", "one direction")),
+    "embeddings of an update": (["--optimizer", "freelb", "--sam-scope", "update"], ("--sam-where", "--sam-scope")),
+    "BMUF in half precision": (["--use-bmuf", "--bf16"], ("--use-bmuf", "--bf16", "leave one of them out")),
+    "BMUF and one perturbation": (
+        ["--use-bmuf", "--sam-scope", "update"],
+        ("--sam-scope update", "--use-bmuf", "--sam-scope microbatch"),
+    ),
+    "SlowMo and one perturbation": (
+        ["--ddp-backend", "slowmo", "--sam-scope", "update"],
+        ("--sam-scope update", "--ddp-backend slowmo", "--sam-scope microbatch"),
+    ),
+    "SlowMo that rewrites weights": (
+        ["--ddp-backend", "slowmo", "--slowmo-base-algorithm", "sgp"],
+        ("--slowmo-base-algorithm sgp", "localsgd"),
+    ),
+    "pipeline": (["--pipeline-model-parallel"], ("--pipeline-model-parallel", "leave it out")),
+}
+# What fairseq's parser refuses before the plugin sees it.
+PARSED = {
+    "a word for a number": (["--sam-epsilon", "large"], "argument --sam-epsilon: invalid float value: 'large'"),
+    "half a step": (["--sam-steps", "1.5"], "argument --sam-steps: invalid int value: '1.5'"),
+    "unknown flag": (["--sam-rho", "0.05"], "unrecognized arguments: --sam-rho 0.05"),
+    "unknown preset": (["--optimizer", "sma"], "argument --optimizer: invalid choice: 'sma'"),
+    "no value": (["--sam-norm"], "argument --sam-norm: expected one argument"),
+    "unknown backend": (["--ddp-backend", "horovod"], "argument --ddp-backend: invalid choice: 'horovod'"),
 }
 
 
@@ -108,15 +184,62 @@ def test_tasks_without_a_dataclass_are_checked_too(more, message):
         tasks.setup_task(runs.configuration(flags).task)
 
 
+# Runs command lines, one after the other, each in a fork of a process that has imported everything.
+SERVER = """
+import io, json, os, sys
+import fairseq_cli.train, fairseq_sam
+
+for flags in json.load(open(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        file = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1), os.dup2(file, 2)
+        sys.argv[1:], status = flags, 0
+        try:
+            try:
+                fairseq_cli.train.cli_main()
+            except SystemExit:
+                raise
+            except BaseException:
+                status = 1
+                sys.excepthook(*sys.exc_info())
+        except SystemExit as leave:
+            status = leave.code
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    _, status = os.waitpid(child, 0)
+    lines = [line for line in open(sys.argv[2]).read().splitlines() if line.strip()]
+    print(json.dumps([os.waitstatus_to_exitcode(status), lines]), flush=True)
+"""
+
+
+def run_command_lines(commands, folder):
+    (folder / "commands").write_text(json.dumps(commands))
+    server = [sys.executable, "-c", SERVER, str(folder / "commands"), str(folder / "output")]
+    done = subprocess.run(server, capture_output=True, text=True, cwd=runs.ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def test_every_command_line_ends_with_one_line_and_status_2(tmp_path):
+    """The plugin's refusals and argparse's, at least 60 of them; none gets as far as the data."""
+    assert len(CASES) + len(PARSED) >= 60
+    commands = [run_flags(*flags) for flags, _ in (*CASES.values(), *PARSED.values())]
+    results = run_command_lines([*commands, run_flags()], tmp_path)
+    for (name, (_, words)), (status, lines) in zip({**CASES, **PARSED}.items(), results, strict=False):
+        start = "fairseq_sam: error: " if name in CASES else ""
+        assert status == 2 and lines[-1].startswith(start), f"{name}: {status}, {lines[-3:]}"
+        assert all(word in lines[-1] for word in (words if name in CASES else [words])), f"{name}: {lines[-1]}"
+        assert not any("Traceback" in line for line in lines), name
+        assert not any("FileNotFoundError" in line for line in lines), f"{name}: the data was asked for"
+    status, lines = results[-1]
+    assert status == 1 and lines[-1].startswith("FileNotFoundError"), "good flags get as far as the data"
+
+
 @pytest.mark.slow
 def test_on_the_command_line():
+    """In a process of its own, as a user starts it."""
     done = runs.train_in_subprocess(*run_flags("--sam-norm", "l0"))
-    assert done.returncode != 0
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert "norm (--sam-norm) must be l2, linf or a number > 1, got 'l0'" in last
-
-
-def test_not_a_number_is_argparse_s_error(capsys):
-    with pytest.raises(SystemExit):
-        runs.configuration(run_flags("--sam-epsilon", "large"))
-    assert "argument --sam-epsilon: invalid float value: 'large'" in capsys.readouterr().err
+    assert last == "fairseq_sam: error: norm (--sam-norm) must be l2, linf or a number > 1, got 'l0'"
