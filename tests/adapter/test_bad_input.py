@@ -124,7 +124,6 @@ CASES = {
         ["--ddp-backend", "slowmo", "--slowmo-base-algorithm", "sgp"],
         ("--slowmo-base-algorithm sgp", "localsgd"),
     ),
-    "pipeline": (["--pipeline-model-parallel"], ("--pipeline-model-parallel", "leave it out")),
 }
 # What fairseq's parser refuses before the plugin sees it.
 PARSED = {

@@ -1,5 +1,6 @@
 """Checkpoints: exact resume, ordinary files, the safe loader stays on, averaging."""
 
+import copy
 import os
 import pickle
 import subprocess
@@ -53,6 +54,53 @@ def test_resume_after_the_first_epoch_is_exact(translation_data, tmp_path, stop)
     assert whole["extra_state"]["train_iterator"]["epoch"] == 4
     assert runs.same_bits(whole["model"], resumed["model"])
     assert runs.same_state(whole["last_optimizer_state"], resumed["last_optimizer_state"])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_file_ever_holds_perturbed_weights(translation_data, tmp_path, monkeypatch, preset):
+    """Saving and validating after every update, with an average of weights: all see what the base optimizer left."""
+    from fairseq.models.ema import EMA
+    from fairseq.trainer import Trainer
+
+    left, seen, averages = [], [], []
+    step, validate = Trainer.train_step, Trainer.valid_step
+
+    def weights(trainer):
+        return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+    def train_step(self, samples, raise_oom=False):
+        if not averages:
+            averages.append(EMA(copy.deepcopy(self.model), self.cfg.ema))
+            assert self.ema is not None  # fairseq makes its own when it is first asked for
+        result = step(self, samples, raise_oom)
+        averages[0].step(copy.deepcopy(self.model), self.get_num_updates())
+        average = {name: tensor.clone() for name, tensor in averages[0].get_model().state_dict().items()}
+        left.append((weights(self), average))
+        return result
+
+    def valid_step(self, sample, raise_oom=False):
+        seen.append((self.get_num_updates(), weights(self)))
+        return validate(self, sample, raise_oom)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "valid_step", valid_step)
+    flags = [flag for flag in runs.COMMON.split() if flag != "--disable-validation"]
+    monkeypatch.setattr(runs, "COMMON", " ".join(flags))
+    runs.train(
+        translation_data, tmp_path, *run_flags(preset), "--sam-start-update", "0", "--sam-epsilon", "0.05",
+        "--max-update", "4", "--save-interval-updates", "1", "--validate-interval-updates", "1",
+        "--store-ema", "--ema-decay", "0.5",
+    )  # fmt: skip
+    assert len(left) == 4 and {update for update, _ in seen} == {1, 2, 3, 4}
+    assert all(runs.same_bits(found, left[update - 1][0]) for update, found in seen)
+    files = {f"checkpoint_1_{number}.pt": number for number in range(1, 5)}
+    assert {*files, "checkpoint_last.pt", "checkpoint_best.pt"} == {path.name for path in tmp_path.iterdir()}
+    for name, number in {**files, "checkpoint_last.pt": 4}.items():
+        state = runs.load(tmp_path / name)
+        assert runs.same_bits(state["model"], left[number - 1][0]), name
+        assert runs.same_bits(state["extra_state"]["ema"], left[number - 1][1]), name
+    best = runs.load(tmp_path / "checkpoint_best.pt")["model"]
+    assert any(runs.same_bits(best, after) for after, _ in left)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ def train(data: str, rank: str, port: str, backend: str, flags: list[str], faili
 
 def resumed(trainer, cfg, batches, rank: str, flags: list[str]):
     """A new trainer that has loaded the checkpoint of another."""
-    path = Path(cfg.checkpoint.save_dir) / f"resumed.{abs(hash(tuple(flags)))}.pt"
+    path = Path(cfg.checkpoint.save_dir) / f"resumed.{zlib.crc32(repr(flags).encode())}.pt"
     trainer.consolidate_optimizer()
     if rank == "0":
         trainer.save_checkpoint(str(path), {"train_iterator": {"epoch": 1}, "val_loss": None})
