@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from fairseq import checkpoint_utils
 
 from fairseq_sam import PRESETS
 from fairseq_sam.adapter.checkpoints import average_weights, last_checkpoints
@@ -84,6 +85,7 @@ def test_no_file_ever_holds_perturbed_weights(translation_data, tmp_path, monkey
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.setattr(Trainer, "valid_step", valid_step)
+    monkeypatch.delattr(checkpoint_utils.save_checkpoint, "best", raising=False)  # of an earlier run in this process
     flags = [flag for flag in runs.COMMON.split() if flag != "--disable-validation"]
     monkeypatch.setattr(runs, "COMMON", " ".join(flags))
     runs.train(
