@@ -115,8 +115,8 @@ class SharpnessAware:
                 neither needs nor may expect gradients in ``p.grad``. Or a batch of instances, such as
                 ``InstanceBatch``, whose loss is the mean over them.
             sample_size: by what a closure's gradient is divided for `gradient` ``mean``; 1 for a mean loss.
-            loss_scale: factor that a gradient scaler multiplied the loss with. If it is not 1, an ascent gradient that is
-                not finite makes the update's infinite, so that the scaler skips the update and learns of it.
+            loss_scale: factor that a gradient scaler multiplied the loss with. If it is not 1, an ascent gradient that
+                is not finite makes the update's infinite, so that the scaler skips the update and learns of it.
 
         Returns:
             The loss at the unperturbed weights, as the closure returned it. A method without a pass there (a random
