@@ -15,9 +15,9 @@ ADAPTER = ENGINE.parent / "adapter"
 FILES = (str(ENGINE), str(ADAPTER), contextlib.__file__)
 ERRORS = {
     "exception": lambda: RuntimeError("boom"),
-    "interrupt": KeyboardInterrupt,
+    "interrupt": lambda: None,  # a SIGINT, as Ctrl-C sends
     "out of memory": lambda: RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    "SIGTERM": lambda: None,  # the process sends itself one; its handler raises SystemExit
+    "SIGTERM": lambda: None,  # its handler raises SystemExit
 }
 RAISED = (RuntimeError, KeyboardInterrupt, SystemExit)
 
@@ -47,19 +47,20 @@ class _Tracer:
         if error is not None:
             raise error
         sys.settrace(None)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT if self.error == "interrupt" else signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _sigterm_exits() -> Iterator[None]:
+def _handlers() -> Iterator[None]:
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, leave), signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
 
 
 def trace(call: Callable[[], Any], event: str = "line", at: int | None = None, error: str = "exception") -> list[Place]:
@@ -70,7 +71,7 @@ def trace(call: Callable[[], Any], event: str = "line", at: int | None = None, e
     """
     tracer, before = _Tracer(event, at, error), sys.gettrace()
     gc.disable()  # what an earlier interruption left is not closed meanwhile: errors in there would be ignored
-    with _sigterm_exits():
+    with _handlers():
         sys.settrace(tracer)
         try:
             call()

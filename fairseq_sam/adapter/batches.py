@@ -285,8 +285,8 @@ def _joined_values(values: Sequence[Any]) -> Any:
 @contextmanager
 def _shadowed(optimizer: Any, backward: Callable[[Tensor], None]) -> Iterator[None]:
     """Let ``optimizer.backward`` be another function; on the instance, so that its class stays what it is."""
-    optimizer.backward = backward
     try:
+        optimizer.backward = backward
         yield
     finally:
-        del optimizer.backward
+        vars(optimizer).pop("backward", None)

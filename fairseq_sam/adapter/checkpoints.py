@@ -5,6 +5,7 @@ import collections
 import functools
 import pickle
 import re
+import struct
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,13 +69,12 @@ def explain_unreadable_checkpoints() -> None:
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(path, *args, **kwargs)
-        except CheckpointError:
+        except (CheckpointError, FileNotFoundError, MemoryError):
             raise
-        except RuntimeError as error:
-            if not re.search(r"zip archive|unexpected EOF|corrupted|storage has wrong", str(error)):
+        except (RuntimeError, ValueError, OSError, struct.error, pickle.UnpicklingError, EOFError, LookupError,
+                TypeError, AttributeError, AssertionError) as error:  # fmt: skip
+            if "out of memory" in str(error):
                 raise
-            raise CheckpointError(_damaged(path, str(error).partition(". ")[0])) from None
-        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(_explanation(path, error)) from None
 
     load_checkpoint_to_cpu.explains = True  # type: ignore[attr-defined]
@@ -84,8 +84,11 @@ def explain_unreadable_checkpoints() -> None:
 def _explanation(path: str, error: Exception) -> str:
     if isinstance(error, EOFError):
         return _damaged(path, "it ends too early")
+    if isinstance(error, RuntimeError | OSError | struct.error | UnicodeError):
+        return _damaged(path, (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0])
     if not isinstance(error, pickle.UnpicklingError):
-        return _damaged(path, f"it is not made as those of fairseq are ({type(error).__name__}: {error})")
+        text = " ".join(str(error).split())
+        return _damaged(path, f"it is not made as those of fairseq are ({type(error).__name__}: {text})")
     # torch's own message proposes to switch the safe loader off.
     unknown = re.search(r"GLOBAL ([\w.]+)|(?:class|function|call) ([A-Za-z_]\w*\.[\w.]+)", str(error))
     if unknown is None:

@@ -7,7 +7,7 @@ import types
 from typing import Any
 
 import numpy
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, options
 from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
 from fairseq.file_io import PathManager
 from fairseq.nan_detector import NanDetector
@@ -102,20 +102,26 @@ def unscale_once() -> None:
 
 
 def bfloat16_is_not_a_tpu() -> None:
-    """Let ``--bf16`` on the command line run on CPU and GPU; fairseq takes it for ``--tpu``. Others are untouched."""
-    original = Trainer.__init__
+    """Let ``--bf16`` on the command line run on CPU and GPU; fairseq takes it for ``--tpu``. Others are untouched.
+
+    Undone where the command line is read: fairseq asks for a TPU as early as when it starts its workers.
+    """
+    original = options.parse_args_and_arch
     if getattr(original, "knows_bfloat16", False):
         return
 
     @functools.wraps(original)
-    def initialise(self: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        ours = getattr(cfg.optimizer, "_name", None) in PRESETS
-        if ours and cfg.common.bf16 and cfg.common.tpu and importlib.util.find_spec("torch_xla") is None:
-            cfg.common.tpu = False
-        original(self, cfg, *args, **kwargs)
+    def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
+        parsed = original(*args, **kwargs)
+        for namespace in parsed if isinstance(parsed, tuple) else (parsed,):
+            asked = getattr(namespace, "bf16", False) and getattr(namespace, "tpu", False)
+            ours = getattr(namespace, "optimizer", None) in PRESETS
+            if asked and ours and importlib.util.find_spec("torch_xla") is None:
+                namespace.tpu = False
+        return parsed
 
-    initialise.knows_bfloat16 = True  # type: ignore[attr-defined]
-    Trainer.__init__ = initialise
+    parse_args_and_arch.knows_bfloat16 = True  # type: ignore[attr-defined]
+    options.parse_args_and_arch = parse_args_and_arch
 
 
 def find_nan_in_transformers() -> None:

@@ -7,15 +7,21 @@ from typing import Any
 
 from fairseq import tasks
 from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.distributed import utils as distributed_utils
+from fairseq.optim import OPTIMIZER_REGISTRY
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fairseq_sam.adapter.errors import ConfigurationError
+from fairseq_sam.adapter.errors import ConfigurationError, end
 from fairseq_sam.adapter.instance_losses import check_criterion
 from fairseq_sam.adapter.optimizers import check_base, method_of, peak_learning_rate
 from fairseq_sam.adapter.regularizers import RegularizedCriterion
 from fairseq_sam.core.method import PRESETS, TENSOR_GRANULARITIES
 
 logger = logging.getLogger(__name__)
+
+# Bases that fairseq refuses with --memory-efficient-fp16 and --memory-efficient-bf16.
+WITHOUT_MEMORY_EFFICIENCY = ("adadelta", "adagrad", "sgd")
 
 
 def check_config(cfg: Any) -> None:
@@ -52,12 +58,37 @@ def check_config(cfg: Any) -> None:
             "--optimizer %s weighs instances by second differences of their losses, which half-precision weights "
             "round away; use --amp, which keeps fp32 weights", name,
         )  # fmt: skip
+    chosen = [flag for flag in ("fp16", "bf16", "amp") if getattr(common, flag, False)]
+    if len(chosen) > 1:
+        raise ValueError(f"--{chosen[0]} and --{chosen[1]} are two precisions of one run; leave one of them out")
     flat = common.fp16 and not common.memory_efficient_fp16 and not common.fp16_no_flatten_grads
     if flat and method.has_groups and method.granularity in TENSOR_GRANULARITIES:
         raise ValueError(
             f"--fp16 flattens all parameters into one vector, but {name} uses --sam-granularity "
             f"{method.granularity}, which needs tensors; add --fp16-no-flatten-grads, or use --amp, or choose "
             "--sam-granularity element or model"
+        )
+    if method.rounding == "stochastic" and not (common.fp16 or common.bf16):
+        raise ValueError(
+            "--sam-rounding stochastic rounds weights in half precision, and those of this run are fp32; leave it out, "
+            "or train with --fp16 or --bf16"
+        )
+    base = str(optimizer.base_optimizer)
+    if (common.memory_efficient_fp16 or common.memory_efficient_bf16) and base in WITHOUT_MEMORY_EFFICIENCY:
+        flag = "--memory-efficient-fp16" if common.memory_efficient_fp16 else "--memory-efficient-bf16"
+        able = ", ".join(n for n in sorted(OPTIMIZER_REGISTRY) if n not in (*WITHOUT_MEMORY_EFFICIENCY, *PRESETS))
+        raise ValueError(
+            f"{flag} cannot be used with --base-optimizer {base}, which needs fp32 weights; use --fp16 or --bf16 "
+            f"without it, or a base optimizer that can do without: {able}"
+        )
+    if base == "composite" and not getattr(optimizer, "groups", None):
+        raise ValueError(
+            "--base-optimizer composite takes its groups from a YAML file of fairseq-hydra-train (optimizer.groups); "
+            "on the command line use another base optimizer"
+        )
+    if distributed.zero_sharding == "os" and distributed.distributed_world_size == 1:
+        raise ValueError(
+            "--zero-sharding os shares the optimizer's state among workers, and there is one; leave it out"
         )
     half = next((flag for flag in ("fp16", "bf16", "amp") if getattr(common, flag, False)), None)
     if half and getattr(cfg.optimization, "use_bmuf", False):
@@ -87,23 +118,40 @@ def check_config(cfg: Any) -> None:
 
 
 def check_before_data_is_read() -> None:
-    """Wrap ``fairseq.tasks.setup_task``, the first thing a run does after its configuration is complete, once."""
-    original = tasks.setup_task
-    if getattr(original, "checks_sharpness_aware_config", False):
-        return
+    """Check the configuration before workers are started, and before a task is set up, once.
 
-    @functools.wraps(original)
+    The first is what ``fairseq-train`` does, with one process to print the error. hydra imports the plugin in the
+    workers; there, and in a program that sets up a task itself, the second is the first chance.
+    """
+    if getattr(tasks.setup_task, "checks_sharpness_aware_config", False):
+        return
+    plain_setup_task, plain_call_main = tasks.setup_task, distributed_utils.call_main
+
+    @functools.wraps(plain_setup_task)
     def setup_task(cfg: Any, **kwargs: Any) -> Any:
         root = _root(cfg)
         if root is not None:
-            try:
-                check_config(root)
-            except ValueError as error:
-                raise ConfigurationError(str(error)) from None
-        return original(cfg, **kwargs)
+            _refuse_in_one_line(root)
+        return plain_setup_task(cfg, **kwargs)
+
+    @functools.wraps(plain_call_main)
+    def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
+        if isinstance(cfg, DictConfig):
+            _refuse_in_one_line(cfg)
+        return plain_call_main(cfg, main, **kwargs)
 
     setup_task.checks_sharpness_aware_config = True  # type: ignore[attr-defined]
-    tasks.setup_task = setup_task
+    tasks.setup_task, distributed_utils.call_main = setup_task, call_main
+
+
+def _refuse_in_one_line(cfg: Any) -> None:
+    try:
+        check_config(cfg)
+    except ValueError as error:
+        refusal = ConfigurationError(str(error))
+        if HydraConfig.initialized():  # it would print a traceback
+            end(refusal)
+        raise refusal from None
 
 
 def _root(task_cfg: Any) -> Any:

@@ -18,6 +18,7 @@ from fairseq_sam._version import __version__
 from fairseq_sam.adapter.errors import CheckpointError, ConfigurationError
 from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import PRESETS, Method
+from fairseq_sam.core.signals import signals_wait
 
 logger = logging.getLogger(__name__)
 
@@ -344,18 +345,29 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         return self.base.clip_grad_norm(max_norm, aggregate_norm_fn)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Let the base update the weights."""
-        self._before_update = self.base.step(*args, **kwargs)  # None; in one line: no signal comes between the two
+        """Let the base update the weights; an interrupt or a signal waits until it has."""
+        with signals_wait():
+            self._before_update = self.base.step(*args, **kwargs)  # None: the update is done
 
     def begin_update(self) -> None:
         """Remember the method's state, in case the update does not come to its end."""
         self._before_update = (dict(vars(self.memory)), self.num_ascents, self.num_skipped)
 
-    def undo_update(self) -> None:
-        """Put the method's state back to ``begin_update``, unless the weights are updated by now."""
+    def end_update(self) -> None:
+        """Keep the method's state, also if the loss scaler has dropped the update."""
+        self._before_update = None
+
+    def undo_update(self, counts: bool = True) -> None:
+        """Put the method's state back to ``begin_update``, unless the weights are updated by now.
+
+        Args:
+            counts: the numbers of ascents and of skipped ones as well.
+        """
         if self._before_update is not None:
-            memory, self.num_ascents, self.num_skipped = self._before_update
+            memory, num_ascents, num_skipped = self._before_update
             vars(self.memory).update(memory)
+            if counts:
+                self.num_ascents, self.num_skipped = num_ascents, num_skipped
 
     def zero_grad(self) -> None:
         """Clear gradients as the base does."""
@@ -370,7 +382,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         return self.base.broadcast_global_state_dict(state_dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state with the method's beside it."""
+        """Return the base's state with the method's beside it: that of before an update that is not finished."""
+        self.undo_update()  # fairseq writes crash.pt while it runs
         own = {
             "format": STATE_FORMAT,
             "version": __version__,
@@ -425,7 +438,7 @@ def checked_state(state: Any) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"the checkpoint's {STATE_KEY} state is {type(state).__name__}, not a dict; {remedy}")
     number = state.get("format", 0)
-    if not isinstance(number, int) or number > STATE_FORMAT:
+    if not isinstance(number, int) or not 0 <= number <= STATE_FORMAT:
         raise CheckpointError(
             f"the checkpoint's {STATE_KEY} state was written by fairseq_sam {state.get('version', '?')} in format "
             f"{number}, and this is {__version__}, which reads formats up to {STATE_FORMAT}; install that version or a "
@@ -442,13 +455,30 @@ def checked_state(state: Any) -> dict[str, Any]:
         fields += [(f"fisher.{key}", fisher.get(key), dict | None) for key in ("mask", "sums")]
         fields += [(f"fisher.{key}", fisher.get(key, 0), int) for key in ("num_instances", "update")]
     for key, value, kind in fields:
-        is_named = not isinstance(value, dict) or key == "fisher" or all(torch.is_tensor(t) for t in value.values())
-        if not isinstance(value, kind) or not is_named:
+        problem = _problem(key, value, kind)
+        if problem:
             raise CheckpointError(
-                f"the checkpoint's {STATE_KEY} state is not what fairseq_sam writes: {key} is {type(value).__name__}; "
-                f"take another checkpoint, or {remedy}"
+                f"the checkpoint's {STATE_KEY} state is not what fairseq_sam writes: {key} {problem}; take another "
+                f"checkpoint, or {remedy}"
             )
     return state
+
+
+def _problem(key: str, value: Any, kind: type | UnionType) -> str:
+    """What is wrong with a field of the method's state; empty if nothing is."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return f"is {type(value).__name__}"
+    if isinstance(value, int) and value < 0:
+        return f"is {value}"
+    if isinstance(value, dict) and key != "fisher":
+        tensors = list(value.values())
+        if not all(torch.is_tensor(tensor) for tensor in tensors):
+            return f"is {type(value).__name__} of other things than tensors"
+        if key == "fisher.mask" and not all(tensor.dtype == torch.bool for tensor in tensors):
+            return "holds other numbers than true and false"
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            return "holds numbers that are not finite"
+    return ""
 
 
 def register_presets() -> None:

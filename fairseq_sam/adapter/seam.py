@@ -27,14 +27,23 @@ from fairseq_sam.adapter.batches import (
     without_counts,
 )
 from fairseq_sam.adapter.embeddings import word_embeddings
+from fairseq_sam.adapter.errors import ConfigurationError
 from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer, peak_learning_rate, unwrap
 from fairseq_sam.adapter.slicing import Slicer
 from fairseq_sam.adapter.workers import slowmo, torch_ddp, without_reduction
-from fairseq_sam.core.descent import Gradients, local
+from fairseq_sam.core.descent import Gradients, add_all, local
 from fairseq_sam.core.fisher import SquaredGradients, squared_gradients
 from fairseq_sam.core.perturbation import Measurements
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.step import SharpnessAwareStep, all_or_nothing, fisher_information, put_gradients, reuse, split
+from fairseq_sam.core.step import (
+    SharpnessAwareStep,
+    all_or_nothing,
+    fisher_information,
+    put_gradients,
+    reuse,
+    split,
+    take_gradients,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +64,16 @@ def wrap_trainer() -> None:
         running = vars(self.task).get("train_step")
         is_retry = bool(vars(self).get("_amp_retries"))  # AMP tries the same samples again after an overflow
         if is_retry and isinstance(running, SharpnessAwareTrainStep):
+            optimizer.undo_update(counts=False)
             running.begin(samples)
             return plain_train_step(self, samples, raise_oom)
         optimizer.begin_update()
         try:
             vars(self.task).pop("train_step", None)  # what an interrupt may have left
             self.task.train_step = SharpnessAwareTrainStep(self, optimizer, samples, raise_oom)
-            return plain_train_step(self, samples, raise_oom)
+            result = plain_train_step(self, samples, raise_oom)
+            optimizer.end_update()
+            return result
         except BaseException:
             optimizer.undo_update()
             raise
@@ -170,7 +182,18 @@ class SharpnessAwareTrainStep:
         if self._trainer.cuda:
             torch.cuda.empty_cache()
         sample, _ = self._trainer._prepare_sample(self._trainer._dummy_batch, is_dummy=True)
-        return without_counts(self._run_again(MicroBatch(self._call, sample, is_dummy=True)))
+        try:
+            return without_counts(self._run_again(MicroBatch(self._call, sample, is_dummy=True)))
+        except RuntimeError as again:
+            raise self._lost_step(again) from error
+
+    def _lost_step(self, error: RuntimeError) -> RuntimeError:
+        """An error that fairseq does not recover from: the other workers wait for what this one cannot give."""
+        reason = str(error).replace("out of memory", "no memory left").splitlines()[0]
+        return RuntimeError(
+            f"update {self._call.update_num}: worker {self._trainer.data_parallel_rank} ran short of memory where the "
+            f"others wait for it ({reason}); resume from the last checkpoint with smaller batches (--max-tokens)"
+        )
 
     def _run_again(self, batch: MicroBatch) -> Pass:
         if self._method.is_active(self._optimizer.epoch, self._call.update_num) and self._method.scope == "update":
@@ -190,7 +213,7 @@ class SharpnessAwareTrainStep:
                 metrics.log_scalar(key, 0.0, weight=0)
         memory, method = self._optimizer.memory, self._method
         if not memory.component or method.has_ended(self._optimizer.epoch, update_num):
-            return self._reduced(self._last(batch).run())
+            return self._reduced(self._plain(batch))
         if batch.is_dummy and method.scope == "microbatch":
             return self._reduced(batch.run())
         shared = method.scope == "update"
@@ -200,6 +223,19 @@ class SharpnessAwareTrainStep:
             method, self._space, memory, batch, finish=finish, shared=shared, reduce=workers[0], num_workers=workers[1]
         )
         return self._reduced(result)
+
+    def _plain(self, batch: MicroBatch) -> Pass:
+        """A pass of plain training. After an error the gradients of earlier micro-batches are as they were."""
+        if self._reduces_in_backward():  # torch's DDP reduces what they have added up
+            return self._last(batch).run()
+        prior = take_gradients(self._space)
+        try:
+            result = self._last(batch).run()
+        except BaseException:
+            put_gradients(self._space, prior)
+            raise
+        put_gradients(self._space, add_all(prior, take_gradients(self._space)))
+        return result
 
     def _perturb_microbatch(self, batch: MicroBatch) -> Pass:
         def ascent_gradient(gradients: Gradients, result: Pass) -> tuple[Gradients, float]:
@@ -225,7 +261,12 @@ class SharpnessAwareTrainStep:
             parts = self._microbatches()
             real = {place: part for place, part in parts.items() if not part.is_dummy}
             spares = self._num_workers() > 1 and not self._raise_oom
-            self._clean = step.ascend(UpdateBatch(real or parts, spares_memory=spares), self._reduced_ascent)
+            try:
+                self._clean = step.ascend(UpdateBatch(real or parts, spares_memory=spares), self._reduced_ascent)
+            except RuntimeError as error:  # not of a pass: those are spared
+                if spares and is_out_of_memory(error):
+                    raise self._lost_step(error) from error
+                raise
             self._step = step
             self._optimizer.num_ascents += 1
         if self._step is None:  # the ascent ran out of memory; fairseq goes on with the next micro-batch
@@ -374,7 +415,10 @@ class SharpnessAwareTrainStep:
     def _space(self) -> ParameterSpace:
         modules = {"": self._trainer.get_model(), "criterion": self._trainer.get_criterion()}
         exclude = self._optimizer.method.exclude
-        space = ParameterSpace.of(modules, exclude=exclude)
+        try:
+            space = ParameterSpace.of(modules, exclude=exclude)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
         masters = _master_weights(self._trainer.optimizer, space.tensors)
         return space if masters is None else ParameterSpace.of(modules, exclude=exclude, masters=masters)
 

@@ -33,6 +33,7 @@ class Measurements:
         num_passes: forward-backward passes, in passes over the whole batch.
         num_forwards: forward passes without gradient, in passes over the whole batch.
         survived: how much of the perturbation the rounding to half precision leaves, from 0 to 1; None in float32.
+        moved_share: share of the batch that `survived` is the mean over.
     """
 
     gradient_norm: float | Tensor = 0.0
@@ -43,6 +44,7 @@ class Measurements:
     num_passes: float = 0
     num_forwards: float = 0
     survived: float | Tensor | None = None
+    moved_share: float = 0
 
     def add(self, other: "Measurements", share: float) -> None:
         """Add what another part of the same batch measured.
@@ -59,7 +61,9 @@ class Measurements:
         self.num_passes += share * other.num_passes
         self.num_forwards += share * other.num_forwards
         if other.survived is not None:
-            self.survived = (0.0 if self.survived is None else self.survived) + share * other.survived
+            moved = self.moved_share + share
+            earlier = 0.0 if self.survived is None else self.survived * self.moved_share
+            self.survived, self.moved_share = (earlier + share * other.survived) / moved, moved
 
 
 class WeightPerturbation:

@@ -12,6 +12,7 @@ from fairseq_sam.core.embeddings import WordEmbeddings
 from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import Method
 from fairseq_sam.core.perturbation import Measurements
+from fairseq_sam.core.signals import signals_wait
 from fairseq_sam.core.space import ParameterSpace
 from fairseq_sam.core.step import SharpnessAwareStep, all_or_nothing, fisher_information, reuse, split
 
@@ -213,7 +214,8 @@ class SharpnessAware:
 
         With a gradient scaler, call ``scaler.step(sam.optimizer)`` and ``scaler.update()`` instead.
         """
-        self.optimizer.step()
+        with signals_wait():
+            self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state and the method's: what a resumed run needs to continue exactly."""

@@ -64,6 +64,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_before_the_batch(
     assert runs.same_state(kept, trainer.optimizer.state_dict()["sharpness_aware"])
     crashed = runs.load(tmp_path / "crash.pt")
     assert all(torch.equal(before[name], crashed["model"][name]) for name in before)
+    assert runs.same_state(kept, crashed["last_optimizer_state"]["sharpness_aware"])
 
 
 @pytest.mark.parametrize(("preset", "scope"), runs.SCOPED)

@@ -124,6 +124,22 @@ CASES = {
         ["--ddp-backend", "slowmo", "--slowmo-base-algorithm", "sgp"],
         ("--slowmo-base-algorithm sgp", "localsgd"),
     ),
+    "two precisions": (["--bf16", "--amp"], ("--bf16", "--amp", "leave one of them out")),
+    "AMP and half precision": (["--fp16", "--amp"], ("--fp16", "--amp", "leave one of them out")),
+    "memory efficiency of SGD": (
+        ["--memory-efficient-fp16", "--base-optimizer", "sgd"],
+        ("--memory-efficient-fp16", "--base-optimizer sgd", "--fp16", "adafactor, adam"),
+    ),
+    "memory efficiency of Adagrad": (
+        ["--memory-efficient-bf16", "--base-optimizer", "adagrad"],
+        ("--memory-efficient-bf16", "--base-optimizer adagrad", "adam"),
+    ),
+    "rounding of fp32": (["--sam-rounding", "stochastic"], ("--sam-rounding stochastic", "fp32", "--bf16")),
+    "groups on the command line": (
+        ["--base-optimizer", "composite"],
+        ("--base-optimizer composite", "YAML", "optimizer.groups"),
+    ),
+    "shares for one worker": (["--zero-sharding", "os"], ("--zero-sharding os", "leave it out")),
 }
 # What fairseq's parser refuses before the plugin sees it.
 PARSED = {

@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import inspect
 import random
 
 import pytest
 import torch
+from fairseq import optim
 
 from fairseq_sam import PRESETS
 from tests import interrupt
@@ -66,6 +68,46 @@ class Update:
             patched.setattr(SharpnessAwareTrainStep, "__call__", recorded)
             self.run()
         return [*found, self.gradients(), [None] * len(found[0])]
+
+
+@pytest.mark.parametrize("error", ["interrupt", "SIGTERM"])
+@pytest.mark.parametrize("base", ["adam", "adafactor"])
+def test_signals_wait_for_the_base_optimizer(translation_data, monkeypatch, base, error):
+    """Anywhere in its update of the weights, which is a loop over parameters: all of them are updated, then it ends."""
+    update = Update(translation_data, "--optimizer", "look_sam", "--base-optimizer", base)
+    update.run()
+    after = update.state()
+    update.rewind()
+    monkeypatch.setattr(interrupt, "FILES", (inspect.getfile(optim.OPTIMIZER_REGISTRY[base]),))
+    places = [n for n, _ in enumerate(interrupt.trace(update.run))]
+    assert len(places) > 100
+    for number in random.Random(0).sample(places, 25):
+        update.rewind()
+        with pytest.raises(interrupt.RAISED):
+            interrupt.trace(update.run, at=number, error=error)
+        found = update.state()
+        assert runs.same_state(found, after) or runs.same_state(found, update.before), number
+
+
+@pytest.mark.parametrize("start", ["0", "10"], ids=["sharpness-aware", "plain"])
+def test_an_error_in_the_middle_of_backward_leaves_earlier_gradients(translation_data, monkeypatch, start):
+    """Also in a plain update, whose passes add to what earlier micro-batches left."""
+    update = Update(translation_data, "--optimizer", "sam", "--sam-start-update", start)
+    allowed = update.gradients_between(monkeypatch)
+    update.rewind()
+    parameter, calls = update.trainer.model.encoder.layers[0].fc1.weight, []
+
+    def fail(gradient):
+        calls.append(1)
+        if len(calls) == (2 if start == "10" else 3):
+            raise ValueError("in backward")
+
+    handle = parameter.register_hook(fail)
+    with pytest.raises(ValueError, match="in backward"):
+        update.run()
+    handle.remove()
+    assert runs.same_state(update.gradients(), allowed[1]) and not is_zero(allowed[1])
+    assert runs.same_state(update.state(), update.before)
 
 
 def is_zero(gradients):
