@@ -60,8 +60,8 @@ HEADER = """# Training modes
 What is verified of each mode of fairseq with each family of methods. The numbers are tests, listed below the table:
 **CPU** ones run everywhere, in every run of the tests; **GPU** ones skip where there is no CUDA device, and say so.
 *Refused* is ended before any data is read, with the reason and what to use instead; the number is the test that shows
-the message. This page is written by the tests (`{command}`), and a run of all tests fails where it differs from what
-they showed.
+the message. This page is written by the tests (`{command}`), and a run of all
+tests fails where it differs from what they showed.
 
 {families}
 
@@ -69,7 +69,8 @@ they showed.
 
 FOOTER = """
 Modes that fairseq 0.12 does not run on CPU are tested there with a stand-in for the CUDA call that stops it: flat
-`--fp16` asks for the current device, `--amp` for a gradient scaler, `slowmo` for a synchronisation.
+`--fp16` asks for the current device, `--amp` for a gradient scaler, `slowmo` for a synchronisation, `pytorch_ddp` for
+device numbers. `--amp` on CPU shows the scaler only: fairseq's autocast does nothing there.
 
 `slowmo` and `--zero-sharding` need `pip install fairscale`, as in plain fairseq. Where each worker has weights of its
 own (`slowmo`, `--use-bmuf`), what a method remembers (Fisher mask, reused component) is each worker's own as well, and

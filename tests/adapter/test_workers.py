@@ -15,10 +15,11 @@ pytestmark = pytest.mark.slow
 GA_SAM = ("--optimizer", "ga_sam", "--sam-norm", "linf", "--sam-steps", "2")
 
 
-def run_pair(data, out, backend, cases, failures=None):
+def run_pair(data, out, backend, cases, failures=None, ends_badly=False, limit=500):
     """Run cases, flags by name, on two workers; returns what each worker has at the end of each case.
 
-    `failures`: by case, pairs of a worker and the number of a pass of its that runs out of memory.
+    `failures`: by case, pairs of a worker and the number of a pass of its that runs out of memory, or a word for what
+    else does. With `ends_badly` both must fail; returns the ends of their logs.
     """
     out.mkdir()
     with socket.socket() as probe:
@@ -35,13 +36,16 @@ def run_pair(data, out, backend, cases, failures=None):
         for rank, log in enumerate(logs)
     ]  # fmt: skip
     try:
-        statuses = [worker.wait(timeout=500) for worker in workers]
+        statuses = [worker.wait(timeout=limit) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
         for log in logs:
             log.close()
     ends = [(out / f"log.{rank}").read_text()[-3000:] for rank in range(2)]
+    if ends_badly:
+        assert all(statuses) and not list(out.glob("*.pt")), "both workers end, with an error"
+        return ends
     assert not any(statuses), ends[0] + ends[1]
     return {name: [torch.load(out / f"{name}.{rank}.pt") for rank in range(2)] for name in cases}
 
@@ -161,26 +165,224 @@ def test_one_perturbation_for_two_workers(translation_data, tmp_path, backend):
             assert moved > 2e-5 and off < 5e-6 + 0.02 * moved, f"{name}: moved {moved}, off by {off}"
 
 
+# Where nobody can go on: the stand-in for the lost micro-batch does not fit either, or the engine's own arithmetic.
+LOST = {
+    "dummy too": (("--optimizer", "sam"), [(0, 1), (0, 2)]),
+    "backward of the last pass": (("--optimizer", "sam"), [(0, "backward 4")]),
+    "reduction of a shared ascent": (("--optimizer", "ga_sam", "--sam-scope", "update"), [(0, "reduction")]),
+    "step of a shared ascent": (("--optimizer", "ga_sam", "--sam-scope", "update", "--sam-steps", "2"), [(1, "step")]),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_a_worker_that_cannot_go_on_ends_the_run(translation_data, tmp_path, case):
+    """With an error that says where and what to do: never with replicas that go apart."""
+    flags, failing = LOST[case]
+    rank = failing[0][0]
+    ends = run_pair(
+        translation_data,
+        tmp_path / "pair",
+        "pytorch_ddp",
+        {case: (*flags, *SGD)},
+        {case: failing},
+        ends_badly=True,
+        limit=120,
+    )
+    assert f"worker {rank} ran short of memory where the others wait for it" in ends[rank]
+    assert "--max-tokens" in ends[rank]
+
+
+HALF = {
+    "bf16": ["--bf16"],
+    "memory-efficient fp16": ["--memory-efficient-fp16", "--fp16-init-scale", "4"],
+    "fp16 not flat": ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"],
+}
+
+
+@pytest.mark.parametrize("name", ["legacy_ddp", "pytorch_ddp", "zero"])
+def test_half_precision_on_two_workers(translation_data, tmp_path, name):
+    """Replicas stay bit-equal, in both scopes; fp32 weights are near."""
+    backend, more = BACKENDS[name]
+    steps = ["--dropout", "0", "--sam-epsilon", "0.3", "--lr", "0.001", *more]
+    cases = {"fp32": ["--optimizer", "sam", *steps]}
+    for precision, flags in HALF.items():
+        cases[precision] = ["--optimizer", "sam", *steps, *flags]
+        cases[f"{precision} update"] = ["--optimizer", "gsam", "--sam-scope", "update", *steps, *flags]
+    found = run_pair(translation_data, tmp_path / "pair", backend, cases)
+    for key, (first, second) in found.items():
+        assert runs.same_bits(first["weights"], second["weights"]), key
+        assert all(torch.isfinite(w).all() for w in first["weights"].values()), key
+        if key in HALF:
+            for weight, exact in zip(first["weights"].values(), found["fp32"][0]["weights"].values(), strict=True):
+                torch.testing.assert_close(weight.float(), exact, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--memory-efficient-bf16", "--memory-efficient-fp16"])
+def test_half_precision_through_fairseq_s_own_start(translation_data, tmp_path, precision):
+    """Two processes of fairseq-train that find each other: --bf16 is not taken for a TPU on the way either."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = [
+        str(translation_data), *runs.common_flags(), *runs.TRANSLATION, "--optimizer", "sam", precision,
+        "--save-dir", str(tmp_path), "--max-update", "2", "--distributed-world-size", "2", "--distributed-no-spawn",
+        "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-backend", "gloo",
+        "--ddp-backend", "legacy_ddp",
+    ]  # fmt: skip
+    logs = [(tmp_path / f"log.{rank}").open("w+") for rank in range(2)]
+    workers = [
+        subprocess.Popen([sys.executable, "-m", "fairseq_cli.train", *flags, "--distributed-rank", str(rank)],
+                         stdout=log, stderr=log)
+        for rank, log in enumerate(logs)
+    ]  # fmt: skip
+    statuses = [worker.wait(timeout=120) for worker in workers]
+    assert statuses == [0, 0], "".join((tmp_path / f"log.{rank}").read_text()[-2000:] for rank in range(2))
+    assert runs.load(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 2
+
+
 COUNTED = ("sam", "ga_sam", "esam", "delta_sam", "msam", "instance_sam", "random_sam", "freelb", "efficient_sam")
 
 
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
 def test_communication(translation_data, tmp_path, backend):
-    """By micro-batch none beyond plain training's; shared, exactly one reduction for each ascent step."""
+    """By micro-batch none beyond plain training's; shared, exactly one reduction for each ascent step.
+
+    Beyond these: the methods that combine the gradients of all workers reduce two for it, where it is one gradient, and
+    what a method remembers is exchanged when it is made anew (two of three updates here).
+    """
     cases = {"plain": ["--optimizer", "adam"]}
     for name in COUNTED:
         cases[name] = ["--optimizer", name]
         if runs.shares_a_perturbation(name) and name != "random_sam":
             steps = runs.steps_flag(name, 2)
             cases[f"{name} update"] = ["--optimizer", name, *steps, "--sam-scope", "update"]
+    cases["gsam"], cases["gsam update"] = (["--optimizer", "gsam", "--sam-scope", s] for s in ("microbatch", "update"))
+    cases["look_sam"], cases["look_sam update"] = (
+        ["--optimizer", "look_sam", "--sam-interval", "2", "--sam-scope", s] for s in ("microbatch", "update")
+    )
     run_pair(translation_data, tmp_path / "pair", backend, cases)
 
     def counted(name, rank):
         return json.loads((tmp_path / "pair" / f"{name}.{rank}.json").read_text())["collectives"]
 
-    for name in cases:
-        expected = counted("plain", 0) + (3 * 2 if name.endswith(" update") else 0)  # two steps of three updates
+    plain = counted("plain", 0)
+    for name in [case for case in cases if case.partition(" ")[0] in COUNTED]:
+        expected = plain + (3 * 2 if name.endswith(" update") else 0)  # two steps of three updates
         assert counted(name, 0) == counted(name, 1) == expected, name
+    if backend == "legacy_ddp":  # torch's DDP reduces the combined gradient in place of the last pass's
+        assert counted("gsam", 0) == plain and counted("look_sam", 0) == plain + 2
+        assert counted("gsam update", 0) == plain + 3 * (1 + 2)
+        assert counted("look_sam update", 0) == plain + 2 * (1 + 2) + 1  # the plain update measures its gradient
+
+
+# Where nobody can go on: the stand-in for the lost micro-batch does not fit either, or the engine's own arithmetic.
+LOST = {
+    "dummy too": (("--optimizer", "sam"), [(0, 1), (0, 2)]),
+    "backward of the last pass": (("--optimizer", "sam"), [(0, "backward 4")]),
+    "reduction of a shared ascent": (("--optimizer", "ga_sam", "--sam-scope", "update"), [(0, "reduction")]),
+    "step of a shared ascent": (("--optimizer", "ga_sam", "--sam-scope", "update", "--sam-steps", "2"), [(1, "step")]),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_a_worker_that_cannot_go_on_ends_the_run(translation_data, tmp_path, case):
+    """With an error that says where and what to do: never with replicas that go apart."""
+    flags, failing = LOST[case]
+    rank = failing[0][0]
+    ends = run_pair(
+        translation_data,
+        tmp_path / "pair",
+        "pytorch_ddp",
+        {case: (*flags, *SGD)},
+        {case: failing},
+        ends_badly=True,
+        limit=120,
+    )
+    assert f"worker {rank} ran short of memory where the others wait for it" in ends[rank]
+    assert "--max-tokens" in ends[rank]
+
+
+HALF = {
+    "bf16": ["--bf16"],
+    "memory-efficient fp16": ["--memory-efficient-fp16", "--fp16-init-scale", "4"],
+    "fp16 not flat": ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"],
+}
+
+
+@pytest.mark.parametrize("name", ["legacy_ddp", "pytorch_ddp", "zero"])
+def test_half_precision_on_two_workers(translation_data, tmp_path, name):
+    """Replicas stay bit-equal, in both scopes; fp32 weights are near."""
+    backend, more = BACKENDS[name]
+    steps = ["--dropout", "0", "--sam-epsilon", "0.3", "--lr", "0.001", *more]
+    cases = {"fp32": ["--optimizer", "sam", *steps]}
+    for precision, flags in HALF.items():
+        cases[precision] = ["--optimizer", "sam", *steps, *flags]
+        cases[f"{precision} update"] = ["--optimizer", "gsam", "--sam-scope", "update", *steps, *flags]
+    found = run_pair(translation_data, tmp_path / "pair", backend, cases)
+    for key, (first, second) in found.items():
+        assert runs.same_bits(first["weights"], second["weights"]), key
+        assert all(torch.isfinite(w).all() for w in first["weights"].values()), key
+        if key in HALF:
+            for weight, exact in zip(first["weights"].values(), found["fp32"][0]["weights"].values(), strict=True):
+                torch.testing.assert_close(weight.float(), exact, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--memory-efficient-bf16", "--memory-efficient-fp16"])
+def test_half_precision_through_fairseq_s_own_start(translation_data, tmp_path, precision):
+    """Two processes of fairseq-train that find each other: --bf16 is not taken for a TPU on the way either."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = [
+        str(translation_data), *runs.common_flags(), *runs.TRANSLATION, "--optimizer", "sam", precision,
+        "--save-dir", str(tmp_path), "--max-update", "2", "--distributed-world-size", "2", "--distributed-no-spawn",
+        "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-backend", "gloo",
+        "--ddp-backend", "legacy_ddp",
+    ]  # fmt: skip
+    logs = [(tmp_path / f"log.{rank}").open("w+") for rank in range(2)]
+    workers = [
+        subprocess.Popen([sys.executable, "-m", "fairseq_cli.train", *flags, "--distributed-rank", str(rank)],
+                         stdout=log, stderr=log)
+        for rank, log in enumerate(logs)
+    ]  # fmt: skip
+    statuses = [worker.wait(timeout=120) for worker in workers]
+    assert statuses == [0, 0], "".join((tmp_path / f"log.{rank}").read_text()[-2000:] for rank in range(2))
+    assert runs.load(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 2
+
+
+COUNTED = ("sam", "ga_sam", "esam", "delta_sam", "msam", "instance_sam", "random_sam", "freelb", "efficient_sam")
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+def test_communication(translation_data, tmp_path, backend):
+    """By micro-batch none beyond plain training's; shared, exactly one reduction for each ascent step.
+
+    Beyond these: the methods that combine the gradients of all workers reduce two for it, where it is one gradient, and
+    what a method remembers is exchanged when it is made anew (two of three updates here).
+    """
+    cases = {"plain": ["--optimizer", "adam"]}
+    for name in COUNTED:
+        cases[name] = ["--optimizer", name]
+        if runs.shares_a_perturbation(name) and name != "random_sam":
+            steps = runs.steps_flag(name, 2)
+            cases[f"{name} update"] = ["--optimizer", name, *steps, "--sam-scope", "update"]
+    cases["gsam"], cases["gsam update"] = (["--optimizer", "gsam", "--sam-scope", s] for s in ("microbatch", "update"))
+    cases["look_sam"], cases["look_sam update"] = (
+        ["--optimizer", "look_sam", "--sam-interval", "2", "--sam-scope", s] for s in ("microbatch", "update")
+    )
+    run_pair(translation_data, tmp_path / "pair", backend, cases)
+
+    def counted(name, rank):
+        return json.loads((tmp_path / "pair" / f"{name}.{rank}.json").read_text())["collectives"]
+
+    plain = counted("plain", 0)
+    for name in [case for case in cases if case.partition(" ")[0] in COUNTED]:
+        expected = plain + (3 * 2 if name.endswith(" update") else 0)  # two steps of three updates
+        assert counted(name, 0) == counted(name, 1) == expected, name
+    assert counted("gsam update", 0) == plain + 3 * (1 + 2)
+    assert counted("look_sam update", 0) == plain + 2 * (1 + 2) + 1  # the plain update measures its gradient
+    if backend == "legacy_ddp":  # torch's DDP reduces the combined gradient instead of the last pass's
+        assert counted("gsam", 0) == plain and counted("look_sam", 0) == plain + 2
 
 
 @pytest.mark.mode("bmuf", presets=list(PRESETS))

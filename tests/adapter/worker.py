@@ -15,6 +15,7 @@ import fairseq_sam  # noqa: F401
 from fairseq_sam.adapter import seam
 from fairseq_sam.adapter.optimizers import unwrap
 from fairseq_sam.adapter.workers import torch_ddp
+from fairseq_sam.core.perturbation import WeightPerturbation
 from tests.adapter import runs
 
 
@@ -52,17 +53,37 @@ def main() -> None:
         )
 
 
-def run_out_of_memory(task: type, failing: set[int]) -> None:
-    """Let the passes with these numbers, counted from 1, fail for lack of memory; before they begin."""
+def out_of_memory(*args, **kwargs):
+    raise RuntimeError("CUDA out of memory, as the test wants it")
+
+
+def run_out_of_memory(trainer, failing: set[int | str]) -> None:
+    """Let the passes with these numbers, counted from 1, fail for lack of memory before they begin.
+
+    ``backward N`` fails in the middle of a backward pass, ``reduction`` and ``step`` in the engine's own arithmetic.
+    """
+    task = type(trainer.task)
     plain, count = getattr(task, "plain_train_step", task.train_step), itertools.count(1)
     task.plain_train_step = plain
 
-    def train_step(*args, **kwargs):
-        if next(count) in failing:
-            raise RuntimeError("CUDA out of memory, as the test wants it")
-        return plain(*args, **kwargs)
+    def train_step(self, sample, model, *args, **kwargs):
+        number = next(count)
+        if number in failing:
+            out_of_memory()
+        if f"backward {number}" in failing:
+            weight = trainer.get_model().encoder.layers[0].fc1.weight
+            handle = weight.register_hook(out_of_memory)
+            try:
+                return plain(self, sample, model, *args, **kwargs)
+            finally:
+                handle.remove()
+        return plain(self, sample, model, *args, **kwargs)
 
     task.train_step = train_step
+    if "reduction" in failing:
+        seam._all_reduce = out_of_memory
+    if "step" in failing:
+        WeightPerturbation._step_ = out_of_memory
 
 
 def count_buckets(trainer, collectives: list[int]) -> None:
@@ -77,7 +98,9 @@ def count_buckets(trainer, collectives: list[int]) -> None:
             )
 
 
-def train(data: str, rank: str, port: str, backend: str, flags: list[str], failing: set[int], collectives: list[int]):
+def train(
+    data: str, rank: str, port: str, backend: str, flags: list[str], failing: set[int | str], collectives: list[int]
+):
     resumes = "--resume" in flags
     cfg = runs.configuration([
         data, *runs.common_flags(), *(flag for flag in flags if flag != "--resume"),
@@ -87,7 +110,7 @@ def train(data: str, rank: str, port: str, backend: str, flags: list[str], faili
     ])  # fmt: skip
     cfg.distributed_training.distributed_rank = int(rank)
     trainer, batches = runs.trainer_of(cfg)
-    run_out_of_memory(type(trainer.task), failing)
+    run_out_of_memory(trainer, failing)
     count_buckets(trainer, collectives)
     trainer.reset_dummy_batch(batches[0])
     for number in range(3):
