@@ -133,7 +133,7 @@ def test_an_interrupt_during_the_restore_still_restores(preset, monkeypatch):
     sam = make(model, preset, **SETTINGS[preset])
     with pytest.raises(KeyboardInterrupt):
         sam.accumulate(feed(sam.method, model, data))
-    assert len(calls) == 2 and bits(model) == before
+    assert len(calls) >= 2 and bits(model) == before
 
 
 def test_weights_are_restored_bit_for_bit_where_adding_and_subtracting_would_not():
