@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import logging
+import sys
 import types
 from typing import Any
 
@@ -15,6 +16,8 @@ from fairseq.optim import AMPOptimizer
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 
+from fairseq_sam.adapter.config import TWO_PRECISIONS
+from fairseq_sam.adapter.errors import ConfigurationError
 from fairseq_sam.adapter.optimizers import unwrap
 from fairseq_sam.core.method import PRESETS
 
@@ -112,7 +115,13 @@ def bfloat16_is_not_a_tpu() -> None:
 
     @functools.wraps(original)
     def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
-        parsed = original(*args, **kwargs)
+        try:
+            parsed = original(*args, **kwargs)
+        except ValueError as error:  # of --fp16 and a TPU
+            given = kwargs.get("input_args") or (args[1] if len(args) > 1 else None) or sys.argv
+            if PRESETS.keys().isdisjoint(given) or "--tpu" in given or "--fp16 and --tpu" not in str(error):
+                raise
+            raise ConfigurationError(TWO_PRECISIONS.format("fp16", "bf16")) from None
         for namespace in parsed if isinstance(parsed, tuple) else (parsed,):
             asked = getattr(namespace, "bf16", False) and getattr(namespace, "tpu", False)
             ours = getattr(namespace, "optimizer", None) in PRESETS

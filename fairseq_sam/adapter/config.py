@@ -20,6 +20,8 @@ from fairseq_sam.core.method import PRESETS, TENSOR_GRANULARITIES
 
 logger = logging.getLogger(__name__)
 
+TWO_PRECISIONS = "--{} and --{} are two precisions of one run; leave one of them out"
+
 # Bases that fairseq refuses with --memory-efficient-fp16 and --memory-efficient-bf16.
 WITHOUT_MEMORY_EFFICIENCY = ("adadelta", "adagrad", "sgd")
 
@@ -60,7 +62,7 @@ def check_config(cfg: Any) -> None:
         )  # fmt: skip
     chosen = [flag for flag in ("fp16", "bf16", "amp") if getattr(common, flag, False)]
     if len(chosen) > 1:
-        raise ValueError(f"--{chosen[0]} and --{chosen[1]} are two precisions of one run; leave one of them out")
+        raise ValueError(TWO_PRECISIONS.format(*chosen))
     flat = common.fp16 and not common.memory_efficient_fp16 and not common.fp16_no_flatten_grads
     if flat and method.has_groups and method.granularity in TENSOR_GRANULARITIES:
         raise ValueError(

@@ -13,9 +13,10 @@ from torch.nn.functional import log_softmax
 
 from fairseq_sam.adapter.embeddings import word_embeddings
 from fairseq_sam.adapter.workers import torch_ddp
-from fairseq_sam.core.divergences import Divergence, at_least_float32, squared_error, symmetric_kl
+from fairseq_sam.core.divergences import Divergence, squared_error, symmetric_kl
 from fairseq_sam.core.embeddings import Perturb
 from fairseq_sam.core.regularizers import REGULARIZERS, Regularizer, Smart
+from fairseq_sam.core.tensors import at_least_float32
 
 
 class Forward(NamedTuple):

@@ -31,7 +31,7 @@ from fairseq_sam.adapter.errors import ConfigurationError
 from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer, peak_learning_rate, unwrap
 from fairseq_sam.adapter.slicing import Slicer
 from fairseq_sam.adapter.workers import slowmo, torch_ddp, without_reduction
-from fairseq_sam.core.descent import Gradients, add_all, local
+from fairseq_sam.core.descent import local
 from fairseq_sam.core.fisher import SquaredGradients, squared_gradients
 from fairseq_sam.core.perturbation import Measurements
 from fairseq_sam.core.space import ParameterSpace
@@ -39,11 +39,10 @@ from fairseq_sam.core.step import (
     SharpnessAwareStep,
     all_or_nothing,
     fisher_information,
-    put_gradients,
     reuse,
     split,
-    take_gradients,
 )
+from fairseq_sam.core.tensors import Gradients, add_all, wide_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +118,7 @@ class SharpnessAwareTrainStep:
         self._method = self._optimizer.method.with_peak(peak).at(self._trainer.get_lr())
         self._step: SharpnessAwareStep[Any] | None = None
         self._clean: Passes | None = None
+        self._prepared: list[tuple[Any, bool]] | None = None
         self._offset = 0
         self._collected = 0.0  # share of the update's instances that the Fisher mask was made from
 
@@ -150,7 +150,7 @@ class SharpnessAwareTrainStep:
                 except RuntimeError as error:
                     if self._raise_oom or self._num_workers() == 1 or not is_out_of_memory(error):
                         raise
-                    put_gradients(self._space, gradients)
+                    self._space.put_gradients(gradients)
                     return self._skip(error)
         except BaseException:  # fairseq drops the update for lack of memory, or writes crash.pt
             self._optimizer.undo_update()
@@ -228,13 +228,13 @@ class SharpnessAwareTrainStep:
         """A pass of plain training. After an error the gradients of earlier micro-batches are as they were."""
         if self._reduces_in_backward():  # torch's DDP reduces what they have added up
             return self._last(batch).run()
-        prior = take_gradients(self._space)
+        prior = self._space.take_gradients()
         try:
             result = self._last(batch).run()
         except BaseException:
-            put_gradients(self._space, prior)
+            self._space.put_gradients(prior)
             raise
-        put_gradients(self._space, add_all(prior, take_gradients(self._space)))
+        self._space.put_gradients(add_all(prior, self._space.take_gradients()))
         return result
 
     def _perturb_microbatch(self, batch: MicroBatch) -> Pass:
@@ -322,9 +322,10 @@ class SharpnessAwareTrainStep:
             return squared_gradients((), self._space, unit)
 
     def _microbatches(self) -> dict[int, MicroBatch]:
-        """All micro-batches of the update, prepared as the trainer prepares them."""
-        prepared = (self._trainer._prepare_sample(sample) for sample in self._samples)
-        return {place: MicroBatch(self._call, *pair) for place, pair in enumerate(prepared)}
+        """All micro-batches of the update, prepared once as the trainer prepares them."""
+        if self._prepared is None:
+            self._prepared = [self._trainer._prepare_sample(sample) for sample in self._samples]
+        return {place: MicroBatch(self._call, *pair) for place, pair in enumerate(self._prepared)}
 
     def _new_step(self, salt: str) -> SharpnessAwareStep[Any]:
         embeddings = None
@@ -414,13 +415,12 @@ class SharpnessAwareTrainStep:
     @functools.cached_property
     def _space(self) -> ParameterSpace:
         modules = {"": self._trainer.get_model(), "criterion": self._trainer.get_criterion()}
-        exclude = self._optimizer.method.exclude
         try:
-            space = ParameterSpace.of(modules, exclude=exclude)
+            space = ParameterSpace.of(modules, exclude=self._optimizer.method.exclude)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
         masters = _master_weights(self._trainer.optimizer, space.tensors)
-        return space if masters is None else ParameterSpace.of(modules, exclude=exclude, masters=masters)
+        return space if masters is None else space.with_masters(masters)
 
     def _unit(self, result: Any) -> float:
         """Factor from ``p.grad`` (summed over the sample, times the loss scale) to the method's gradient unit."""
@@ -552,7 +552,7 @@ def _all_reduce(
     gradients: Gradients, sample_size: float, tensors: Sequence[Tensor], group: Any
 ) -> tuple[Gradients, float]:
     """Sum gradients, which of them exist, and the sample size over workers."""
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    dtype = wide_dtype(*(tensor.dtype for tensor in tensors))
     device = tensors[0].device
     header = torch.tensor([sample_size, *(float(g is not None) for g in gradients)], device=device, dtype=dtype)
     parts = [

@@ -1,13 +1,13 @@
 """The descent gradient: what the base optimizer gets, from the gradients of all passes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fairseq_sam.core.method import Method
+from fairseq_sam.core.tensors import Gradients, dense
 
-Gradients = list[Tensor | None]
 # From this process's part of a gradient: the whole gradient, summed over workers.
 Reduce = Callable[[Gradients], Gradients]
 
@@ -145,21 +145,8 @@ def dot(first: Gradients, second: Gradients) -> Tensor:
     return torch.stack(products).sum()
 
 
-def add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Sum of two gradients, either of which may be missing."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
-
-
-def add_all(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Gradients:
-    """Sum of two lists of gradients."""
-    return [add(a, b) for a, b in zip(first, second, strict=True)]
-
-
 def _vector(gradient: Tensor) -> Tensor:
-    dense = gradient.to_dense() if gradient.is_sparse else gradient
-    return dense.detach().reshape(-1).double()
+    return dense(gradient).reshape(-1).double()
 
 
 def _surrogate(last: Tensor | None, clean: Tensor | None, alpha: float, ratio: Tensor) -> Tensor | None:

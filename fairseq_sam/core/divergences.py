@@ -2,15 +2,11 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
+from fairseq_sam.core.tensors import at_least_float32
+
 Divergence = Callable[[Tensor, Tensor], Tensor]
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return the tensor in single precision if it is in half precision, else as it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def symmetric_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fairseq_sam.core.batch import Batch
 from fairseq_sam.core.space import ParameterSpace
+from fairseq_sam.core.tensors import dense, wide_dtype
 
 CHUNK = 1 << 22  # numbers that are counted at a time: bounds the memory beside the Fisher information itself
 DIGIT = 16  # bits that one round of the search for the threshold decides
@@ -37,18 +38,18 @@ def squared_gradients(instances: Iterable[Batch[Any]], space: ParameterSpace, un
         The sums, over the perturbed parameters.
     """
     moved = [tensor for tensor, perturbed in zip(space.tensors, space.perturbed, strict=True) if perturbed]
-    sums = [torch.zeros_like(tensor, dtype=_wide(tensor.dtype)) for tensor in moved]
+    sums = [torch.zeros_like(tensor, dtype=wide_dtype(tensor.dtype)) for tensor in moved]
     count = 0
     for instance in instances:
-        _clear(space)
+        space.take_gradients()
         instance.run()
-        gradients = [_dense(t.grad, s.dtype) for t, s in zip(moved, sums, strict=True)]
+        gradients = [None if t.grad is None else dense(t.grad).to(s.dtype) for t, s in zip(moved, sums, strict=True)]
         if all(g is None or bool(torch.isfinite(g).all()) for g in gradients):
             count += 1
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total.add_((gradient * unit).square_())
-    _clear(space)
+    space.take_gradients()
     return SquaredGradients(sums, count)
 
 
@@ -68,7 +69,7 @@ def top_mask(values: Sequence[Tensor], num_kept: int) -> list[Tensor]:
     total = sum(value.numel() for value in values)
     if num_kept >= total or num_kept <= 0:
         return [torch.full_like(value, num_kept > 0, dtype=torch.bool) for value in values]
-    wide = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
+    wide = wide_dtype(*(value.dtype for value in values))
     threshold, num_ties = _threshold(values, num_kept, wide)
     masks = []
     for value in values:
@@ -111,18 +112,3 @@ def _digit_counts(keys: Tensor, prefix: int, shift: int, bits: int) -> Tensor:
 def _key(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Integers in the order of numbers >= 0: their bit pattern."""
     return value.to(dtype).contiguous().view(torch.int64 if dtype == torch.float64 else torch.int32)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _dense(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if gradient is None:
-        return None
-    return (gradient.to_dense() if gradient.is_sparse else gradient).detach().to(dtype)
-
-
-def _clear(space: ParameterSpace) -> None:
-    for tensor in space.tensors:
-        tensor.grad = None

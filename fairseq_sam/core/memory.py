@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fairseq_sam.core.descent import Gradients, add_all
 from fairseq_sam.core.fisher import SquaredGradients, top_mask
 from fairseq_sam.core.method import Method
 from fairseq_sam.core.space import ParameterSpace
+from fairseq_sam.core.tensors import Gradients, add_all
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Memory:
         """
         if method.mask != "fisher" or method.sparsity == 0 or method.epsilon == 0:
             return 0
-        fits = self.mask is not None and self.mask.keys() == set(perturbed_names(space))
+        fits = _fits(self.mask, space)
         is_due = num_updates - self._mask_update >= int(method.mask_interval or 1)
         if fits and is_due and self._sums is not None:
             self._warn_of_few(method)
@@ -65,7 +65,7 @@ class Memory:
             return
         names = perturbed_names(space)
         sums, earlier = squares.sums, self._sums
-        if earlier is not None and earlier.keys() == set(names):
+        if earlier is not None and _fits(earlier, space):
             for name, total in zip(names, sums, strict=True):
                 total.add_(earlier[name].to(total))
         self._num_instances += squares.num_instances
@@ -132,6 +132,13 @@ class Memory:
 def perturbed_names(space: ParameterSpace) -> Sequence[str]:
     """Names of the parameters that the ascent may move."""
     return [name for name, perturbed in zip(space.names, space.perturbed, strict=True) if perturbed]
+
+
+def _fits(named: Named | None, space: ParameterSpace) -> bool:
+    """Whether there is a tensor for each parameter that the ascent may move, of its shape, and no other."""
+    triples = zip(space.names, space.tensors, space.perturbed, strict=True)
+    wanted = {name: tensor.shape for name, tensor, perturbed in triples if perturbed}
+    return named is not None and {name: tensor.shape for name, tensor in named.items()} == wanted
 
 
 def _copied(named: Mapping[str, Tensor] | None) -> Named | None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairseq_sam.core.descent import Gradients
 from fairseq_sam.core.embeddings import WordEmbeddings
 from fairseq_sam.core.groups import Groups
 from fairseq_sam.core.method import Method
@@ -17,6 +16,7 @@ from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.rounding import HALF, round_stochastically
 from fairseq_sam.core.scales import ScaleOperator, build_scale
 from fairseq_sam.core.space import ParameterSpace
+from fairseq_sam.core.tensors import Gradients, at_least_float32, dense, wide_dtype
 
 
 @dataclass
@@ -151,14 +151,12 @@ class WeightPerturbation:
         weight = self._anchor(i)
         if gradient is None:
             return torch.zeros_like(weight)
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
-        return dense.detach().to(weight.dtype, copy=True)
+        return dense(gradient).to(weight.dtype, copy=True)
 
     def _anchor(self, i: int) -> Tensor:
         """Unperturbed weights of parameter `i` in float32 or better: the optimizer's masters where there are any."""
         master = self.space.masters[i]
-        weight = self._backup[i] if master is None else master.detach()
-        return weight.float() if weight.dtype in HALF else weight
+        return at_least_float32(self._backup[i] if master is None else master.detach())
 
     def _build_scale(self, ascent: Sequence[Tensor], unit: float) -> None:
         self._scale = build_scale(
@@ -388,7 +386,7 @@ class EmbeddingPerturbation:
     @torch.no_grad()
     def _initial(self, call: int, is_token: Tensor, output: Tensor) -> Tensor:
         """Zero, or uniform noise that fills the ball's cube: ``|x_j| <= epsilon / n^(1/p)`` for n numbers."""
-        dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(output.dtype)
         delta = torch.zeros_like(output, dtype=dtype)
         if self.method.init == "zero" or self._random is None:
             return delta

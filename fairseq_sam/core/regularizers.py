@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fairseq_sam.core.divergences import NUM_DIRECTIONS, Divergence
 from fairseq_sam.core.embeddings import Perturb
+from fairseq_sam.core.tensors import wide_dtype
 
 NOISES = ("uniform", "normal")
 
@@ -191,7 +192,7 @@ class Smart(Regularizer):
 
 def _empty_like(output: Tensor) -> Tensor:
     # Half precision would draw other numbers, and could not hold the gradient's direction.
-    return torch.empty_like(output, dtype=torch.promote_types(output.dtype, torch.float32)).detach()
+    return torch.empty_like(output, dtype=wide_dtype(output.dtype)).detach()
 
 
 def _normalised(gradients: tuple[Tensor, ...]) -> list[Tensor]:

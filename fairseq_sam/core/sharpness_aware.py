@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fairseq_sam.core.batch import Batch, ClosureBatch, Loss, PassResult
-from fairseq_sam.core.descent import Gradients, add_all
 from fairseq_sam.core.embeddings import WordEmbeddings
 from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import Method
@@ -15,6 +14,7 @@ from fairseq_sam.core.perturbation import Measurements
 from fairseq_sam.core.signals import signals_wait
 from fairseq_sam.core.space import ParameterSpace
 from fairseq_sam.core.step import SharpnessAwareStep, all_or_nothing, fisher_information, reuse, split
+from fairseq_sam.core.tensors import Gradients, add_all
 
 
 class SharpnessAware:

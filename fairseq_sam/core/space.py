@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+
+from fairseq_sam.core.tensors import Gradients
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,6 @@ class ParameterSpace:
         *,
         parameters: Iterable[nn.Parameter] | None = None,
         exclude: str = "",
-        masters: Sequence[Tensor] | None = None,
     ) -> "ParameterSpace":
         """Collect the parameters of modules that require a gradient.
 
@@ -42,13 +43,12 @@ class ParameterSpace:
             modules: modules by the prefix that their parameters' names get (may be empty).
             parameters: the parameters that are trained; default all. Those that no module owns form a layer each.
             exclude: regular expression on names of parameters that are trained but not perturbed.
-            masters: one tensor in higher precision for each parameter, in the order of the result.
 
         Returns:
             The space, in the order of the modules' parameters.
 
         Raises:
-            ValueError: if no parameter is left to train or to perturb, or `masters` does not fit.
+            ValueError: if no parameter is left to train or to perturb.
         """
         wanted = None if parameters is None else {id(parameter): parameter for parameter in parameters}
         rows: dict[int, tuple[str, nn.Parameter, int]] = {}
@@ -66,8 +66,6 @@ class ParameterSpace:
         if not rows:
             raise ValueError("the model has no parameter that requires a gradient")
         names, tensors, layers = zip(*rows.values(), strict=True)
-        if masters is not None and [m.shape for m in masters] != [t.shape for t in tensors]:
-            raise ValueError(f"expected {len(tensors)} masters with the parameters' shapes, got {len(masters)}")
         pattern = re.compile(exclude) if exclude else None
         perturbed = tuple(pattern is None or not pattern.search(name) for name in names)
         if not any(perturbed):
@@ -75,6 +73,30 @@ class ParameterSpace:
                 f"exclude (--sam-exclude) must leave a parameter to perturb, but {exclude!r} matches all; "
                 "exclude some only, or train with the base optimizer"
             )
-        upper = tuple(masters) if masters is not None else (None,) * len(names)
         buffers = tuple(buffer for root in modules.values() for buffer in root.buffers())
-        return cls(names, tensors, layers, perturbed, upper, buffers)
+        return cls(names, tensors, layers, perturbed, (None,) * len(names), buffers)
+
+    def with_masters(self, masters: Sequence[Tensor]) -> "ParameterSpace":
+        """Return the same space with a tensor in higher precision for each parameter.
+
+        Args:
+            masters: the tensors that the optimizer updates, in the order and the shapes of the parameters.
+
+        Raises:
+            ValueError: if their shapes differ from the parameters'.
+        """
+        if [master.shape for master in masters] != [tensor.shape for tensor in self.tensors]:
+            raise ValueError(f"expected {len(self.tensors)} masters with the parameters' shapes, got {len(masters)}")
+        return replace(self, masters=tuple(masters))
+
+    def take_gradients(self) -> Gradients:
+        """Take the gradients out of ``p.grad``."""
+        gradients = [tensor.grad for tensor in self.tensors]
+        for tensor in self.tensors:
+            tensor.grad = None
+        return gradients
+
+    def put_gradients(self, gradients: Gradients) -> None:
+        """Put gradients into ``p.grad``, in place of what is there."""
+        for tensor, gradient in zip(self.tensors, gradients, strict=True):
+            tensor.grad = gradient

@@ -13,10 +13,7 @@ from fairseq_sam.core.batch import Batch, Result
 from fairseq_sam.core.descent import (
     DESCENTS,
     Descent,
-    Gradients,
     Reduce,
-    add,
-    add_all,
     add_component,
     local,
     sharpness_component,
@@ -28,6 +25,7 @@ from fairseq_sam.core.method import Method
 from fairseq_sam.core.perturbation import EmbeddingPerturbation, Measurements, WeightPerturbation
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.space import ParameterSpace
+from fairseq_sam.core.tensors import Gradients, add, add_all, at_least_float32
 
 # Given the gradients of an ascent pass and what the pass returned: the gradients to ascend, and their unit factor.
 AscentGradient = Callable[[Gradients, Result], tuple[Gradients, float]]
@@ -108,14 +106,14 @@ class SharpnessAwareStep(Generic[Result]):
             What the first pass, at the unperturbed weights, returned; None for a method without such a pass.
         """
         self._begin()
-        prior = take_gradients(self.space)
+        prior = self.space.take_gradients()
         try:
             return self._ascend(batch, ascent_gradient)
         except BaseException:
             self._perturbation.restore()
             raise
         finally:
-            put_gradients(self.space, prior)
+            self.space.put_gradients(prior)
             _copy_(self.space.buffers, self._buffers)
             self._random.restore()
 
@@ -133,7 +131,7 @@ class SharpnessAwareStep(Generic[Result]):
                 self._perturbation.restore()  # quant-noise overwrites weights in the forward pass
             self._ascent_passes += share
             first = first or [result]
-            gradients = take_gradients(self.space)
+            gradients = self.space.take_gradients()
             is_finite = self._perturbation.advance(*ascent_gradient(gradients, result))
             if is_finite or k == 0:  # what goes wrong at w must reach the base optimizer and the loss scaler
                 self._descent.observe(gradients, float(result.sample_size))
@@ -205,7 +203,7 @@ class SharpnessAwareStep(Generic[Result]):
                 losses = batch.losses()
         finally:
             _copy_(self.space.buffers, buffers)
-        return losses if losses.dtype == torch.float64 else losses.float()
+        return at_least_float32(losses)
 
     def _weights(self) -> WeightPerturbation:
         assert isinstance(self._perturbation, WeightPerturbation), "embeddings are only perturbed by their gradients"
@@ -245,7 +243,7 @@ class SharpnessAwareStep(Generic[Result]):
         Returns:
             What the pass returned.
         """
-        prior = take_gradients(self.space)
+        prior = self.space.take_gradients()
         combine = functools.partial(self._combine, finish and shared, shared)
         hooks: list[Any] = []
         try:
@@ -257,15 +255,15 @@ class SharpnessAwareStep(Generic[Result]):
         except BaseException:
             self._perturbation.restore()
             _remove(hooks)
-            put_gradients(self.space, prior)
+            self.space.put_gradients(prior)
             _copy_(self.space.buffers, self._buffers)
             raise
         self._sample_size += float(result.sample_size)
         if not in_backward:
-            put_gradients(self.space, self._combined(prior, take_gradients(self.space), finish, shared, reduce))
+            self.space.put_gradients(self._combined(prior, self.space.take_gradients(), finish, shared, reduce))
         else:
             pairs = enumerate(zip(self.space.tensors, prior, strict=True))
-            put_gradients(self.space, [combine(i, g, None) if t.grad is None else t.grad for i, (t, g) in pairs])
+            self.space.put_gradients([combine(i, g, None) if t.grad is None else t.grad for i, (t, g) in pairs])
         if self._clean_buffers:
             _copy_(self.space.buffers, self._clean_buffers)
         self.measured.num_passes = self._ascent_passes + share
@@ -329,12 +327,12 @@ def fisher_information(
         salt: names this choice among those of a run.
     """
     random = RandomState((t.device for t in space.tensors), salt)
-    prior, buffers = take_gradients(space), _clone(space.buffers)
+    prior, buffers = space.take_gradients(), _clone(space.buffers)
     chosen = torch.randperm(len(batch), generator=random.generator("fisher"))[:number].sort().values.tolist()
     try:
         return squared_gradients((batch.select([i]) for i in chosen), space, unit)
     finally:
-        put_gradients(space, prior)
+        space.put_gradients(prior)
         _copy_(space.buffers, buffers)
         random.restore()
 
@@ -365,19 +363,19 @@ def reuse(
     Returns:
         What the pass returned.
     """
-    prior = take_gradients(space)
+    prior = space.take_gradients()
     try:
         result = batch.run()
     except BaseException:
-        put_gradients(space, prior)
+        space.put_gradients(prior)
         raise
-    gradients = take_gradients(space)
+    gradients = space.take_gradients()
     if shared:
         gradients, prior = add_all(prior, gradients), [None] * len(prior)
     if finish or not shared:
         alpha = float(method.look_alpha or 0.0)
         gradients = add_component(gradients, memory.component_of(space), alpha, reduce, num_workers)
-    put_gradients(space, add_all(prior, gradients))
+    space.put_gradients(add_all(prior, gradients))
     return result
 
 
@@ -402,20 +400,6 @@ def all_or_nothing(tensors: Sequence[Tensor], buffers: Sequence[Tensor], *holder
         for holder, before in zip(holders, attributes, strict=True):
             vars(holder).update(before)
         raise
-
-
-def take_gradients(space: ParameterSpace) -> Gradients:
-    """Take the gradients out of ``p.grad``."""
-    gradients = [tensor.grad for tensor in space.tensors]
-    for tensor in space.tensors:
-        tensor.grad = None
-    return gradients
-
-
-def put_gradients(space: ParameterSpace, gradients: Gradients) -> None:
-    """Put gradients into ``p.grad``."""
-    for tensor, gradient in zip(space.tensors, gradients, strict=True):
-        tensor.grad = gradient
 
 
 @contextmanager

@@ -141,13 +141,18 @@ CASES = {
     ),
     "shares for one worker": (["--zero-sharding", "os"], ("--zero-sharding os", "leave it out")),
 }
-# What fairseq's parser refuses before the plugin sees it.
+# What is refused while fairseq parses the command line, mostly by fairseq itself.
 PARSED = {
     "a word for a number": (["--sam-epsilon", "large"], "argument --sam-epsilon: invalid float value: 'large'"),
     "half a step": (["--sam-steps", "1.5"], "argument --sam-steps: invalid int value: '1.5'"),
     "unknown flag": (["--sam-rho", "0.05"], "unrecognized arguments: --sam-rho 0.05"),
     "unknown preset": (["--optimizer", "sma"], "argument --optimizer: invalid choice: 'sma'"),
     "no value": (["--sam-norm"], "argument --sam-norm: expected one argument"),
+    "two half precisions": (["--fp16", "--bf16"], "fairseq_sam: error: --fp16 and --bf16 are two precisions"),
+    "and with less memory": (
+        ["--memory-efficient-fp16", "--memory-efficient-bf16"],
+        "fairseq_sam: error: --fp16 and --bf16 are two precisions",
+    ),
     "unknown backend": (["--ddp-backend", "horovod"], "argument --ddp-backend: invalid choice: 'horovod'"),
 }
 

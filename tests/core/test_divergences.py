@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fairseq_sam.core.divergences import NUM_DIRECTIONS, at_least_float32, squared_error, symmetric_kl
+from fairseq_sam.core.divergences import NUM_DIRECTIONS, squared_error, symmetric_kl
+from fairseq_sam.core.tensors import at_least_float32
 
 
 def log_probs(*rows):

@@ -131,6 +131,25 @@ def test_a_resumed_collection_continues_exactly():
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True)), stop
 
 
+@pytest.mark.parametrize("spoil", [lambda tensor: tensor[:-1], lambda tensor: tensor[None]], ids=["short", "deep"])
+@pytest.mark.parametrize("part", ["mask", "sums"])
+def test_what_does_not_fit_the_model_is_collected_anew(part, spoil):
+    model = mlp()
+    sam = make(model, fisher_samples=20)
+    sam.step(instance_batch(model, batch(0)))
+    state = copy.deepcopy(sam.state_dict())
+    kept = state["method"]["fisher"][part]
+    name = next(iter(kept))
+    kept[name] = spoil(kept[name])
+    sam.load_state_dict(state)
+    sam.step(instance_batch(model, batch(1)))
+    found = sam.state_dict()["method"]["fisher"]
+    assert {name: mask.shape for name, mask in found["mask"].items()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
+    assert sum(int(mask.sum()) for mask in found["mask"].values()) == round(0.3 * 77)
+
+
 def test_excluded_and_frozen_parameters_do_not_count():
     model = nn.ModuleDict({"net": mlp(), "frozen": nn.Linear(4, 4, dtype=torch.float64).requires_grad_(False)})
     sam = make(model, exclude="bias")

@@ -421,7 +421,7 @@ def test_half_precision_weights_move_from_their_masters():
 
     model = nn.Linear(64, 1, bias=False).to(torch.bfloat16)
     master = model.weight.detach().float() + 1e-3  # differs from the rounded weight
-    space = ParameterSpace.of({"": model}, masters=[master])
+    space = ParameterSpace.of({"": model}).with_masters([master])
     step = SharpnessAwareStep(Method.from_preset("sam", epsilon=0.5), space)
     seen = []
 

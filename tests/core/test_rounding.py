@@ -41,8 +41,9 @@ def survived(dtype, epsilon, with_masters, **options):
     module = nn.Linear(200, 100, bias=False)
     master = 0.1 + 0.02 * torch.rand(module.weight.shape, generator=generator)
     module.weight.data = master.to(dtype)
-    masters = [master] if with_masters else None
-    space = ParameterSpace.of({"": module}, masters=masters)
+    space = ParameterSpace.of({"": module})
+    if with_masters:
+        space = space.with_masters([master])
     step = SharpnessAwareStep(Method.from_preset("sam", epsilon=epsilon, norm="linf", **options), space)
     direction = torch.randn(module.weight.shape, generator=generator)
     seen = []
