@@ -17,6 +17,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 
 from fairseq_sam import PRESETS
+from tests.adapter import composing
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = tempfile.TemporaryDirectory()  # where fairseq leaves crash.pt after an error
@@ -105,7 +106,9 @@ def preprocess(text: Path, out: Path, *flags: str, suffix: str = "") -> None:
 
 def configuration(flags: Sequence[str]) -> Any:
     parser = options.get_training_parser()
-    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, input_args=list(flags)))
+    parsed = options.parse_args_and_arch(parser, input_args=list(flags))
+    with composing.remembering():
+        return convert_namespace_to_omegaconf(parsed)
 
 
 def train(data: Path, save_dir: Path, *flags: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Two workers on CPU: replicas stay equal, epsilon 0 is the base run, the ascent communicates as little as it says."""
 
+import atexit
 import functools
 import json
 import socket
@@ -16,6 +17,23 @@ pytestmark = pytest.mark.slow
 GA_SAM = ("--optimizer", "ga_sam", "--sam-norm", "linf", "--sam-steps", "2")
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@functools.cache
+def server():
+    """The process whose forks are the workers."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.adapter.worker"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=runs.ROOT,
+    )  # fmt: skip
+    atexit.register(process.kill)
+    return process
+
+
 def run_pair(data, out, backend, cases, failures=None, ends_badly=False, limit=500):
     """Run cases, flags by name, on two workers; returns what each worker has at the end of each case.
 
@@ -23,26 +41,14 @@ def run_pair(data, out, backend, cases, failures=None, ends_badly=False, limit=5
     else does. With `ends_badly` both must fail; returns the ends of their logs.
     """
     out.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tests.adapter.worker"]
+    logs = [str(out / f"log.{rank}") for rank in range(2)]
     flags = json.dumps({name: [*runs.TRANSLATION, *case] for name, case in cases.items()})
-    logs = [(out / f"log.{rank}").open("w+") for rank in range(2)]  # a full pipe would stop a worker
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(port), str(data), str(out), backend, flags, json.dumps(failures or {})],
-            stdout=log, stderr=log, cwd=runs.ROOT,
-        )
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
-    try:
-        statuses = [worker.wait(timeout=limit) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-        for log in logs:
-            log.close()
+    more = [str(free_port()), str(data), str(out), backend, flags, json.dumps(failures or {})]
+    request = {"workers": [[str(rank), *more] for rank in range(2)], "logs": logs, "limit": limit}
+    process = server()
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    statuses = json.loads(process.stdout.readline())
     ends = [(out / f"log.{rank}").read_text()[-3000:] for rank in range(2)]
     if ends_badly:
         assert all(statuses) and not list(out.glob("*.pt")), "both workers end, with an error"
@@ -224,13 +230,10 @@ def test_half_precision_on_two_workers(translation_data, tmp_path, name):
 @pytest.mark.parametrize("precision", ["--bf16", "--memory-efficient-bf16", "--memory-efficient-fp16"])
 def test_half_precision_through_fairseq_s_own_start(translation_data, tmp_path, precision):
     """Two processes of fairseq-train that find each other: --bf16 is not taken for a TPU on the way either."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     flags = [
         str(translation_data), *runs.common_flags(), *runs.TRANSLATION, "--optimizer", "sam", precision,
         "--save-dir", str(tmp_path), "--max-update", "2", "--distributed-world-size", "2", "--distributed-no-spawn",
-        "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-backend", "gloo",
+        "--distributed-init-method", f"tcp://127.0.0.1:{free_port()}", "--distributed-backend", "gloo",
         "--ddp-backend", "legacy_ddp",
     ]  # fmt: skip
     logs = [(tmp_path / f"log.{rank}").open("w+") for rank in range(2)]

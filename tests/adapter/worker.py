@@ -1,9 +1,14 @@
-"""One of two workers of data-parallel runs on CPU (gloo); started by test_workers.py, runs one case after the other."""
+"""The workers of data-parallel runs on CPU (gloo); each runs one case after the other.
+
+They are forks of one process, started by test_workers.py, that has imported everything.
+"""
 
 import itertools
 import json
 import os
+import signal
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -20,7 +25,50 @@ from tests.adapter import runs
 
 
 def main() -> None:
-    rank, port, data, out, backend, cases, failures = sys.argv[1:]
+    """Run the workers that lines of standard input ask for, and answer each line with their exit statuses."""
+    with runs.quiet():
+        runs.configuration(["/nowhere", *runs.common_flags(), *runs.TRANSLATION, "--optimizer", "sam"])
+    for line in sys.stdin:
+        request = json.loads(line)
+        children = [fork(arguments, log) for arguments, log in zip(request["workers"], request["logs"], strict=True)]
+        print(json.dumps(statuses(children, request["limit"])), flush=True)
+
+
+def fork(arguments: list[str], log: str) -> int:
+    child = os.fork()
+    if child:
+        return child
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # a full pipe would stop a worker
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    status = 1
+    try:
+        work(*arguments)
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def statuses(children: list[int], limit: float) -> list[int]:
+    """Exit statuses of processes; those that have not ended when the seconds are over are killed."""
+    end, found = time.monotonic() + limit, {}
+    while len(found) < len(children):
+        for child in children:
+            if child not in found:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    found[child] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > end:
+                    os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+    return [found[child] for child in children]
+
+
+def work(rank: str, port: str, data: str, out: str, backend: str, cases: str, failures: str) -> None:
     reductions, collectives = [], []
     all_reduce = seam._all_reduce
     seam._all_reduce = lambda *args: reductions.append(1) or all_reduce(*args)
