@@ -7,6 +7,8 @@ import pickle
 import re
 import struct
 import typing
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,13 +62,19 @@ def allow_checkpoint_classes() -> None:
 
 
 def explain_unreadable_checkpoints() -> None:
-    """Let ``checkpoint_utils.load_checkpoint_to_cpu`` say what is wrong with a file and what to do."""
+    """Let ``checkpoint_utils.load_checkpoint_to_cpu`` say what is wrong with a file and what to do.
+
+    Checksums are compared first, which torch's reader does not do: a changed bit in a weight would go unnoticed.
+    """
     original = checkpoint_utils.load_checkpoint_to_cpu
     if getattr(original, "explains", False):
         return
 
     @functools.wraps(original)
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
+        broken = _broken_record(path)
+        if broken:
+            raise CheckpointError(_damaged(path, f"the checksum of {broken} is not that of its content"))
         try:
             return original(path, *args, **kwargs)
         except (CheckpointError, FileNotFoundError, MemoryError):
@@ -79,6 +87,17 @@ def explain_unreadable_checkpoints() -> None:
 
     load_checkpoint_to_cpu.explains = True  # type: ignore[attr-defined]
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+
+
+def _broken_record(path: str) -> str | None:
+    """The first record of a checkpoint whose content has changed; None if all are whole, or it has no records."""
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError):
+        return "its records"
 
 
 def _explanation(path: str, error: Exception) -> str:

@@ -32,6 +32,17 @@ TRANSLATION = [
     "--arch", "transformer", *TINY, "--share-decoder-input-output-embed", "--dropout", "0.2",
     "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1",
 ]  # fmt: skip
+# The same recipe in hydra's words, to be formatted with the data folder.
+YAML_RECIPE = """\
+task: {{_name: translation, data: {data}, source_lang: src, target_lang: tgt}}
+model:
+  _name: transformer
+  dropout: 0.0
+  share_decoder_input_output_embed: true
+  encoder: {{embed_dim: 16, ffn_embed_dim: 24, layers: 1, attention_heads: 2}}
+  decoder: {{embed_dim: 16, ffn_embed_dim: 24, layers: 1, attention_heads: 2}}
+criterion: {{_name: label_smoothed_cross_entropy, label_smoothing: 0.1}}
+"""
 COMMON = (
     "--user-dir {plugin} --cpu --num-workers 0 --max-tokens 300 --lr 0.003 --seed 3 --no-progress-bar "
     "--log-format none --disable-validation"

@@ -106,16 +106,10 @@ def test_language_model_train_and_eval_lm(language_model_data, tmp_path):
     assert re.search(r"Perplexity: \d+", output)
 
 
-YAML = """
+YAML = (
+    runs.YAML_RECIPE
+    + """\
 common: {{user_dir: {plugin}, cpu: true, seed: 1, log_format: json, log_interval: 2}}
-task: {{_name: translation, data: {data}, source_lang: src, target_lang: tgt}}
-model:
-  _name: transformer
-  dropout: 0.0
-  share_decoder_input_output_embed: true
-  encoder: {{embed_dim: 16, ffn_embed_dim: 24, layers: 1, attention_heads: 2}}
-  decoder: {{embed_dim: 16, ffn_embed_dim: 24, layers: 1, attention_heads: 2}}
-criterion: {{_name: label_smoothed_cross_entropy, label_smoothing: 0.1}}
 optimizer:
   _name: ga_sam
   base_optimizer: {base}
@@ -129,6 +123,7 @@ optimization: {{lr: [0.003], max_epoch: 1}}
 checkpoint: {{save_dir: {save}}}
 distributed_training: {{distributed_world_size: 1}}
 """
+)
 
 
 @pytest.mark.parametrize(

@@ -385,22 +385,17 @@ def test_a_task_with_its_own_train_step(translation_data, monkeypatch, fp32, pre
     assert calls
 
 
-YAML = """
+YAML = (
+    runs.YAML_RECIPE
+    + """\
 common: {{user_dir: {plugin}, cpu: true, seed: 3}}
-task: {{_name: translation, data: {data}, source_lang: src, target_lang: tgt}}
-model:
-  _name: transformer
-  dropout: 0.0
-  share_decoder_input_output_embed: true
-  encoder: {{embed_dim: 16, ffn_embed_dim: 24, layers: 1, attention_heads: 2}}
-  decoder: {{embed_dim: 16, ffn_embed_dim: 24, layers: 1, attention_heads: 2}}
-criterion: {{_name: label_smoothed_cross_entropy, label_smoothing: 0.1}}
 optimizer: {optimizer}
 lr_scheduler: {{_name: fixed}}
 dataset: {{max_tokens: 100, num_workers: 0}}
 optimization: {{lr: [0.1]}}
 distributed_training: {{distributed_world_size: 1}}
 """
+)
 # In a process of its own: once hydra has begun in one, fairseq's command line is read differently there.
 FROM_YAML = """
 import sys, torch, pytest, fairseq_sam
