@@ -1,0 +1,1 @@
+"""Commands around training: recipes, tables, averaging."""

@@ -1,0 +1,100 @@
+"""How a trained run is scored; each evaluation runs fairseq's own commands on the best or the averaged checkpoint.
+
+As a command: ``python -m scripts.recipes.evaluations RUN [--cpu]`` scores a run's folder and writes ``scores.json``.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scripts.recipes.jobs import PLUGIN, SCORES, SETTINGS
+from scripts.recipes.recipe import ROOT
+
+# fairseq drops a last batch whose size is no multiple of this, which is 8 by default: up to 7 sentences of a test set.
+ALL_INSTANCES = ["--required-batch-size-multiple", "1"]
+Scores = dict[str, float]
+
+
+class EvaluationError(RuntimeError):
+    """A command failed, or did not print what it should."""
+
+
+def fairseq_command(command: str, *words: object) -> str:
+    """Run a command of fairseq's and return all it prints.
+
+    Raises:
+        EvaluationError: with the end of its output, if it fails.
+    """
+    line = [sys.executable, "-m", f"fairseq_cli.{command}", *map(str, words), "--user-dir", str(PLUGIN)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        end = "\n".join(done.stderr.strip().splitlines()[-15:])
+        raise EvaluationError(f"fairseq-{command.replace('_', '-')} failed:\n{end}")
+    return done.stdout + done.stderr
+
+
+def classification(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
+    """Accuracy (%) and loss of the checkpoint with the best validation score, on ``valid`` and ``test``."""
+    output = fairseq_command(
+        "validate", Path(settings["data"]) / "data-bin", "--path", run / "checkpoint_best.pt", "--valid-subset",
+        "valid,test", "--batch-size", 64, "--log-format", "json", *ALL_INSTANCES, *device,
+    )  # fmt: skip
+    lines = {
+        split: json.loads(_found(rf"\{{[^\n]*\"{split}_accuracy\"[^\n]*\}}", output)) for split in ("valid", "test")
+    }
+    scores = {
+        f"{split}_{key}": float(line[f"{split}_{key}"]) for split, line in lines.items() for key in ("accuracy", "loss")
+    }
+    return {"accuracy": scores.pop("test_accuracy"), **scores}
+
+
+def perplexity(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
+    """Perplexity per word, ends of lines included, of the checkpoint with the lowest validation loss."""
+    data, scores = Path(settings["data"]) / "data-bin", {}
+    for split in ("valid", "test"):
+        output = fairseq_command(
+            "eval_lm", data, "--path", run / "checkpoint_best.pt", "--gen-subset", split, "--batch-size", 8,
+            "--tokens-per-sample", settings["options"]["evaluated_length"], *ALL_INSTANCES, *device,
+        )  # fmt: skip
+        scores[split] = float(_found(r"Perplexity: ([\d.]+)", output))
+    return {"perplexity": scores["test"], "valid_perplexity": scores["valid"]}
+
+
+EVALUATIONS: dict[str, Callable[[Path, dict[str, Any], list[str]], Scores]] = {
+    "classification": classification,
+    "perplexity": perplexity,
+}
+
+
+def _found(pattern: str, output: str) -> str:
+    matches = re.findall(pattern, output)
+    if not matches:
+        raise EvaluationError(f"expected {pattern} in the output, which ends with\n{output[-1000:]}")
+    return str(matches[-1])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    args = parser.parse_args()
+    settings = json.loads((args.run / SETTINGS).read_text(encoding="utf-8"))
+    evaluate = EVALUATIONS[settings["evaluate"]]
+    try:
+        scores = evaluate(args.run, settings, ["--cpu"] if args.cpu else [])
+    except EvaluationError as error:
+        raise SystemExit(f"error: {error}") from None
+    partial = args.run / f"{SCORES}.part"
+    partial.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    partial.replace(args.run / SCORES)
+    print(json.dumps(scores))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Jobs: one training run each, and what its logs say."""
+
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from scripts.recipes.recipe import ROOT, Flags, Recipe, command_line
+
+PLUGIN = ROOT / "fairseq_sam"
+LOG, SCORES, SETTINGS = "train.log", "scores.json", "settings.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method of a recipe with one seed.
+
+    Runs lie in folders that are named after their settings: the same settings in two tables are one run.
+
+    Args:
+        recipe: the recipe.
+        method: row of the table.
+        seed: of the run.
+        out: folder of all runs.
+        cpu: whether to train on the CPU even where there is a GPU.
+    """
+
+    recipe: Recipe
+    method: str
+    seed: int
+    out: Path
+    cpu: bool = False
+
+    @property
+    def flags(self) -> Flags:
+        """fairseq-train's flags, without those of folders, logs and the seed."""
+        return dict(self.recipe.methods[self.method])
+
+    @cached_property
+    def data(self) -> Path:
+        """The prepared data."""
+        return data_folder(self.recipe, self.out)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the run is."""
+        settings = json.dumps([self.flags, dict(self.recipe.options), self.recipe.evaluate], sort_keys=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", self.method.lower()).strip("-")
+        return self.data.parent / "runs" / f"{_digest(settings)}-{slug}" / f"seed{self.seed}"
+
+    @cached_property
+    def run(self) -> Path:
+        """The folder of a run with these settings: of another name where another table has made it."""
+        key, parent = self.folder.parent.name.partition("-")[0], self.folder.parent.parent
+        made = sorted(path for path in parent.glob(f"{key}-*/seed{self.seed}") if (path / SETTINGS).exists())
+        return made[0] if made else self.folder
+
+    def training(self) -> list[str]:
+        """The command that trains, or goes on with what it finds in the folder."""
+        run = self.run
+        own = {"save-dir": run, "seed": self.seed, "log-file": run / LOG, "log-format": "json", "user-dir": PLUGIN}
+        flags = {"log-interval": 50, "no-progress-bar": None, **self.flags, **own, "cpu": self.cpu or None}
+        return [sys.executable, "-m", "fairseq_cli.train", str(self.data / "data-bin"), *command_line(flags)]
+
+    def evaluation(self) -> list[str]:
+        """The command that scores the run."""
+        words = [sys.executable, "-m", "scripts.recipes.evaluations", str(self.run)]
+        return [*words, *(["--cpu"] if self.cpu else [])]
+
+    def write_settings(self) -> None:
+        """Write down what the evaluation needs to know."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "recipe": self.recipe.name, "size": self.recipe.size, "method": self.method, "seed": self.seed,
+            "evaluate": self.recipe.evaluate, "metric": self.recipe.metric.name, "options": dict(self.recipe.options),
+            "flags": self.flags, "data": str(self.data),
+        }  # fmt: skip
+        (self.run / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """What the evaluation found; None before."""
+        path = self.run / SCORES
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def data_folder(recipe: Recipe, out: Path) -> Path:
+    """Where the data of a recipe is prepared: named after the preparing folder, size and options."""
+    options = json.dumps({key: value for key, value in sorted(recipe.options.items())})
+    return out / recipe.prepare.parent.name / recipe.size / _digest(options) / "data"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+
+
+def log_lines(run: Path) -> list[dict[str, Any]]:
+    """The statistics that fairseq has logged, oldest first; a line that is cut off is left out."""
+    path, found = run / LOG, []
+    if not path.exists():
+        return []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if line.startswith("{") and line.endswith("}"):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return found
+
+
+def training_summary(run: Path) -> dict[str, float]:
+    """What training took.
+
+    Returns:
+        ``seconds``: of training steps, without validation and saving. ``updates``, ``epochs``. ``passes``: mean number
+        of forward-backward passes per update and micro-batch. ``best_valid``: lowest validation loss, bits.
+    """
+    by_epoch = {line["epoch"]: line for line in log_lines(run) if "train_loss" in line}
+    seconds = passes = before = 0.0
+    for epoch in sorted(by_epoch):
+        line = by_epoch[epoch]
+        updates = float(line["train_num_updates"])
+        seconds += float(line.get("train_train_wall", 0.0))
+        passes += float(line.get("train_sam_passes", 1.0)) * (updates - before)
+        before = updates
+    valid = [float(line["valid_loss"]) for line in log_lines(run) if "valid_loss" in line]
+    return {
+        "seconds": round(seconds, 1),
+        "updates": before,
+        "epochs": float(len(by_epoch)),
+        "passes": round(passes / before, 3) if before else 0.0,
+        "best_valid": min(valid, default=float("nan")),
+    }
+
+
+def progress_of(run: Path, flags: Flags) -> tuple[float, str]:
+    """How far a run is, from 0 to 1, and what to show of it."""
+    lines = [line for line in log_lines(run) if "epoch" in line]
+    if not lines:
+        return 0.0, "starting"
+    last = lines[-1]
+    done = max(float(line.get("update", line["epoch"])) for line in lines)
+    whole = float(flags.get("max-epoch") or 0)
+    updates = float(last.get("num_updates") or last.get("train_num_updates") or last.get("valid_num_updates") or 0)
+    limit = float(flags.get("max-update") or 0)
+    share = max(done / whole if whole else 0.0, updates / limit if limit else 0.0)
+    loss = next((line[key] for line in reversed(lines) for key in ("loss", "train_loss") if key in line), "?")
+    epoch = f"epoch {last['epoch']}" + (f"/{whole:g}" if whole else "")
+    return min(share, 1.0), f"{epoch}, loss {loss}"

@@ -1,0 +1,123 @@
+"""``obtained.tsv``: one row for each run."""
+
+import csv
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from scripts.recipes.jobs import Job, training_summary
+from scripts.recipes.recipe import ROOT, Recipe
+from scripts.recipes.significance import compare
+
+COLUMNS = [
+    "size", "method", "seed", "metric", "value", "valid", "p_value", "seconds", "updates", "epochs", "passes", "flags",
+    "versions", "hardware", "commit", "date",
+]  # fmt: skip
+ROW = "row.json"
+KEY = ("size", "method", "seed", "metric")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a table of runs; none if the file is not there."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def record_job(job: Job, tables: Sequence[Path]) -> None:
+    """Put the row of a finished job into the tables, in place of one for the same method and seed."""
+    kept = job.run / ROW
+    if not kept.exists():  # as it was when the run ended, also for a later table
+        kept.write_text(json.dumps(_measured(job), indent=1) + "\n", encoding="utf-8")
+    row = json.loads(kept.read_text(encoding="utf-8"))
+    row |= {"size": job.recipe.size, "method": job.method, "seed": str(job.seed), "flags": _method_flags(job)}
+    for table in tables:
+        earlier = [each["p_value"] for each in read_rows(table) if _key(each) == _key(row)]
+        _put(table, {"p_value": "".join(earlier), **row})
+
+
+def _measured(job: Job) -> dict[str, str]:
+    scores, metric, summary = job.scores or {}, job.recipe.metric.name, training_summary(job.run)
+    return {
+        "metric": metric,
+        "value": f"{scores[metric]:.6g}",
+        "valid": f"{scores.get(f'valid_{metric}', summary['best_valid']):.6g}",
+        "seconds": f"{summary['seconds']:.0f}",
+        "updates": f"{summary['updates']:.0f}",
+        "epochs": f"{summary['epochs']:.0f}",
+        "passes": f"{summary['passes']:.3f}",
+        "versions": versions(),
+        "hardware": hardware(job.cpu),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_significance(recipe: Recipe, jobs: Sequence[Job], tables: Sequence[Path]) -> None:
+    """Fill in the p-values of the comparisons that need the runs' outputs."""
+    for job in jobs:
+        baseline = Job(recipe, recipe.baseline, job.seed, job.out, job.cpu)
+        p_value = None if job.method == recipe.baseline else compare(job, baseline)
+        if p_value is None:
+            continue
+        for table in tables:
+            for row in read_rows(table):
+                if _key(row) == (recipe.size, job.method, str(job.seed), recipe.metric.name):
+                    _put(table, {**row, "p_value": f"{p_value:.4g}"})
+
+
+def versions() -> str:
+    """Versions of what the figures depend on."""
+    found = [f"Python {platform.python_version()}"]
+    for package in ("torch", "fairseq-fixed", "fairseq", "numpy"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def hardware(cpu: bool) -> str:
+    """The device of the runs, in words."""
+    if not cpu and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = information.read_text().splitlines()
+        model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), model)
+    return f"CPU ({model})"
+
+
+def _method_flags(job: Job) -> str:
+    """The flags in which a method differs from the baseline."""
+    base = job.recipe.methods[job.recipe.baseline]
+    return " ".join(f"--{name} {value}" for name, value in job.flags.items() if base.get(name) != value)
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[key] for key in KEY)
+
+
+def _put(table: Path, row: dict[str, str]) -> None:
+    rows = {_key(each): each for each in read_rows(table)}
+    rows[_key(row)] = row
+    table.parent.mkdir(parents=True, exist_ok=True)
+    partial = table.with_suffix(".part")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows.values())
+    partial.replace(table)

@@ -1,0 +1,195 @@
+"""A recipe: the settings of one table of a paper, read from ``recipe.yaml`` in its folder.
+
+The file has these keys; ``extends`` names another recipe's folder, whose keys are taken where the file has none.
+
+==============  ====================================================================================================
+``title``       what is trained on what
+``paper``       paper and table
+``prepare``     script that prepares the data, in the folder of the recipe that has the key
+``evaluate``    how a run is scored: a name in ``evaluations.EVALUATIONS``
+``metric``      the score that the table shows: ``name``, ``better`` (higher or lower), ``unit``, ``digits``
+``options``     what preparation and evaluation need to know, by name
+``flags``       fairseq-train's flags of all methods, without dashes; ``true`` for a flag without a value
+``methods``     by name of the table's row, the flags of the method; the first is the baseline
+``seeds``       seeds of the runs
+``sizes``       ``mini`` and ``paper``: ``options``, ``flags``, ``methods`` (flags by method) and ``seeds`` that differ
+``sources``     where a setting is from, by flag, option or method
+==============  ====================================================================================================
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+FILE = "recipe.yaml"
+KEYS = {
+    "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "flags", "methods", "seeds", "sizes",
+    "sources",
+}  # fmt: skip
+SIZE_KEYS = {"options", "flags", "methods", "seeds"}
+
+Flags = dict[str, Any]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read or does not have what is asked for."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The score that a table shows.
+
+    Attributes:
+        name: its key among the scores of an evaluation.
+        better: ``higher`` or ``lower``.
+        unit: what it is counted in, for the table's head.
+        digits: digits after the point.
+    """
+
+    name: str
+    better: str = "higher"
+    unit: str = ""
+    digits: int = 2
+
+    def __post_init__(self) -> None:
+        """Check the direction."""
+        if self.better not in ("higher", "lower"):
+            raise RecipeError(f"metric.better must be higher or lower, got {self.better!r}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe at one size.
+
+    Attributes:
+        name: the folder's name.
+        folder: where it is.
+        size: ``mini`` or ``paper``.
+        prepare: the preparing script.
+        evaluate: how a run is scored.
+        methods: fairseq-train's flags by method, those of all methods included.
+        sources: where settings are from.
+    """
+
+    name: str
+    folder: Path
+    size: str
+    title: str
+    paper: str
+    prepare: Path
+    evaluate: str
+    metric: Metric
+    options: Mapping[str, Any]
+    methods: Mapping[str, Flags]
+    seeds: Sequence[int]
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def baseline(self) -> str:
+        """The method that the others are compared with: the first."""
+        return next(iter(self.methods))
+
+
+def read_recipe(folder: str | Path, size: str) -> Recipe:
+    """Read the recipe of a folder.
+
+    Args:
+        folder: the folder, or the name of one in ``examples``.
+        size: ``mini`` or ``paper``.
+
+    Raises:
+        RecipeError: names the file, the key and what it may be.
+    """
+    place = _found(folder)
+    content = _content(place)
+    sizes = content["sizes"]
+    if size not in sizes:
+        raise RecipeError(f"{place / FILE}: --size must be one of {', '.join(sizes)}, got {size!r}")
+    changes = sizes[size] or {}
+    unknown = sorted(set(changes) - SIZE_KEYS)
+    if unknown:
+        raise RecipeError(
+            f"{place / FILE}: sizes.{size} has {unknown[0]!r}; it may have {', '.join(sorted(SIZE_KEYS))}"
+        )
+    strangers = sorted(set(changes.get("methods") or {}) - set(content["methods"]))
+    if strangers:
+        raise RecipeError(
+            f"{place / FILE}: sizes.{size}.methods has {strangers[0]!r}, which is no method of the recipe"
+        )
+    shared = {**(content.get("flags") or {}), **(changes.get("flags") or {})}
+    own = changes.get("methods") or {}
+    return Recipe(
+        name=place.name,
+        folder=place,
+        size=size,
+        title=content["title"],
+        paper=content["paper"],
+        prepare=Path(content["prepare"]),
+        evaluate=content["evaluate"],
+        metric=Metric(**content["metric"]),
+        options={**(content.get("options") or {}), **(changes.get("options") or {})},
+        methods={
+            name: {**shared, **(flags or {}), **(own.get(name) or {})} for name, flags in content["methods"].items()
+        },
+        seeds=list(changes.get("seeds") or content.get("seeds") or [1]),
+        sources=content.get("sources") or {},
+    )
+
+
+def recipe_folders() -> list[Path]:
+    """All folders of ``examples`` that hold a recipe."""
+    return sorted(path.parent for path in EXAMPLES.glob(f"*/{FILE}"))
+
+
+def command_line(flags: Flags) -> list[str]:
+    """Words of a command line; a flag that is false or null is left out."""
+    words = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, list):
+            words += [str(each) for each in value]
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def _found(folder: str | Path) -> Path:
+    for place in (Path(folder), EXAMPLES / folder):
+        if (place / FILE).is_file():
+            return place.resolve()
+    known = ", ".join(path.name for path in recipe_folders())
+    raise RecipeError(f"{folder} holds no {FILE}; the recipes are {known}")
+
+
+def _content(place: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((place / FILE).read_text(encoding="utf-8"))
+    unknown = sorted(set(content) - KEYS)
+    if unknown:
+        raise RecipeError(f"{place / FILE} has {unknown[0]!r}; the keys are {', '.join(sorted(KEYS))}")
+    if "prepare" in content:
+        content["prepare"] = place / content["prepare"]
+    if "extends" in content:
+        base = _content(_found(place.parent / content.pop("extends")))
+        content = {**base, **content, "sizes": _merged(base["sizes"], content.get("sizes") or {})}
+    missing = sorted({"title", "paper", "prepare", "evaluate", "metric", "methods", "sizes"} - set(content))
+    if missing:
+        raise RecipeError(f"{place / FILE} needs the key {missing[0]!r}")
+    return content
+
+
+def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of both recipes; options and flags add up, methods are those of the recipe itself."""
+    merged = {}
+    for size in (*base, *(size for size in own if size not in base)):
+        first, second = base.get(size) or {}, own.get(size) or {}
+        added = {key: {**(first.get(key) or {}), **(second.get(key) or {})} for key in ("options", "flags")}
+        rest = {key: second.get(key, first.get(key) if key == "seeds" else None) for key in ("methods", "seeds")}
+        merged[size] = {**added, **{key: value for key, value in rest.items() if value}}
+    return merged

@@ -1,0 +1,195 @@
+"""Run the jobs of a recipe, several at a time, and show how far they are."""
+
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from scripts.recipes.jobs import Job, data_folder, progress_of
+from scripts.recipes.obtained import record_job, write_significance
+from scripts.recipes.recipe import ROOT, Recipe, command_line
+
+SHOWN_EVERY = 60.0  # seconds between two reports
+OUTPUT = "output.log"
+
+
+class RunError(RuntimeError):
+    """A command of a recipe failed."""
+
+
+def run_table(
+    recipe: Recipe,
+    *,
+    data: Path,
+    out: Path,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    num_jobs: int | None = None,
+    cpu: bool = False,
+    record: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Prepare the data and run methods × seeds.
+
+    Args:
+        recipe: the recipe.
+        data: folder of the corpora.
+        out: folder of all runs.
+        methods: rows of the table, default all.
+        seeds: default the recipe's.
+        num_jobs: runs at a time, default one for each GPU, or one on the CPU.
+        cpu: use the CPU even if there is a GPU.
+        record: write ``obtained.tsv`` into the recipe's folder too.
+        dry_run: print the commands only.
+
+    Raises:
+        RunError: if a method is unknown, or commands failed; the others are finished first.
+    """
+    unknown = sorted(set(methods or ()) - set(recipe.methods))
+    if unknown:
+        raise RunError(f"--methods must be among {', '.join(recipe.methods)}, got {unknown[0]!r}")
+    num_gpus = 0 if cpu else torch.cuda.device_count()
+    jobs = [
+        Job(recipe, method, seed, out, cpu=not num_gpus)
+        for seed in seeds or recipe.seeds
+        for method in methods or recipe.methods
+    ]
+    if dry_run:
+        for command in (_preparation(recipe, data, out), *(command for job in jobs for command in _commands(job))):
+            print(shlex.join(command))
+        return
+    _prepare(recipe, data, out)
+    tables = [out / recipe.name / recipe.size / "obtained.tsv", *([recipe.folder / "obtained.tsv"] if record else [])]
+    _Runs(jobs, num_jobs or num_gpus or 1, num_gpus, tables).run()
+    write_significance(recipe, jobs, tables)
+    print(f"written: {', '.join(map(str, tables))}")
+
+
+def _preparation(recipe: Recipe, data: Path, out: Path) -> list[str]:
+    flags = {name.replace("_", "-"): value for name, value in recipe.options.items()}
+    folders = ["--data", str(data), "--out", str(data_folder(recipe, out))]
+    return [sys.executable, str(recipe.prepare), *folders, *command_line(flags)]
+
+
+def _prepare(recipe: Recipe, data: Path, out: Path) -> None:
+    folder = data_folder(recipe, out)
+    done = folder / "done"
+    if done.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"preparing {folder}", flush=True)
+    if subprocess.run(_preparation(recipe, data, out), cwd=ROOT).returncode:
+        raise RunError(f"{recipe.prepare} failed; see above")
+    done.touch()
+
+
+def _commands(job: Job) -> list[list[str]]:
+    return [job.training(), job.evaluation()]
+
+
+class _Runs:
+    """Jobs on devices.
+
+    Args:
+        jobs: the jobs, in the order of their beginning.
+        num_jobs: how many at a time.
+        num_gpus: GPUs that they take turns on; 0 for the CPU, whose cores they share.
+        tables: files that get a row for each finished job.
+    """
+
+    def __init__(self, jobs: Sequence[Job], num_jobs: int, num_gpus: int, tables: Sequence[Path]) -> None:
+        self._jobs, self._num_jobs, self._tables = jobs, num_jobs, tables
+        self._devices: queue.Queue[int | None] = queue.Queue()
+        for number in range(num_jobs):
+            self._devices.put(number % num_gpus if num_gpus else None)
+        self._threads = max(1, (os.cpu_count() or 1) // num_jobs)
+        self._running: dict[Job, subprocess.Popen[bytes]] = {}
+        self._lock, self._stopped = threading.Lock(), False
+        self._begin = time.monotonic()
+
+    def run(self) -> None:
+        for job in self._jobs:
+            if job.scores is not None:
+                record_job(job, self._tables)
+        waiting = [job for job in self._jobs if job.scores is None]
+        total, failed = len(self._jobs), []
+        print(f"{total} runs, {total - len(waiting)} of them done", flush=True)
+        with ThreadPoolExecutor(self._num_jobs) as pool:
+            futures: dict[Future[None], Job] = {pool.submit(self._run_job, job): job for job in waiting}
+            try:
+                while futures:
+                    finished, _ = wait(futures, timeout=SHOWN_EVERY, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        job = futures.pop(future)
+                        if future.exception() is None:
+                            record_job(job, self._tables)
+                            self._show(job, f"{job.recipe.metric.name} {job.scores[job.recipe.metric.name]:.4g}")  # type: ignore[index]
+                        else:
+                            failed.append(f"{job.method}, seed {job.seed}: {future.exception()}")
+                            self._show(job, "failed")
+                    if not finished:
+                        self._report(total - len(futures), total)
+            except BaseException:
+                self._stop(list(futures))
+                raise
+        if failed:
+            raise RunError(
+                f"{len(failed)} of {total} runs failed; the same command tries them again\n" + "\n".join(failed)
+            )
+
+    def _run_job(self, job: Job) -> None:
+        device = self._devices.get()
+        try:
+            job.write_settings()
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(self._threads)}
+            if device is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = str(device)
+            for command in _commands(job):
+                self._call(job, command, environment)
+        finally:
+            self._devices.put(device)
+
+    def _call(self, job: Job, command: list[str], environment: dict[str, str]) -> None:
+        with (job.run / OUTPUT).open("ab") as output:
+            with self._lock:
+                if self._stopped:
+                    raise RunError("stopped")
+                process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT)
+                self._running[job] = process
+            status = process.wait()
+            with self._lock:
+                self._running.pop(job, None)
+        if status:
+            end = (job.run / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise RunError(f"status {status}: {' '.join(end)} ({job.run / OUTPUT})")
+
+    def _stop(self, futures: Sequence[Future[None]]) -> None:
+        for future in futures:
+            future.cancel()
+        with self._lock:
+            self._stopped = True
+            for process in self._running.values():
+                process.terminate()
+
+    def _show(self, job: Job, text: str) -> None:
+        clock = timedelta(seconds=int(time.monotonic() - self._begin))
+        print(f"[{clock}] {job.recipe.name} {job.method}, seed {job.seed}: {text}", flush=True)
+
+    def _report(self, num_done: int, total: int) -> None:
+        with self._lock:
+            running = list(self._running)
+        shares = 0.0
+        for job in running:
+            share, text = progress_of(job.run, job.flags)
+            shares += share
+            self._show(job, f"{share:4.0%}, {text}")
+        print(f"          {num_done} of {total} done, {(num_done + shares) / total:.0%} of all", flush=True)

@@ -1,0 +1,186 @@
+"""Tables of obtained scores: mean and standard deviation over seeds, beside the paper's."""
+
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.recipes.obtained import read_rows
+from scripts.recipes.recipe import Metric, Recipe
+from scripts.recipes.significance import paired_t_test
+
+HEAD = ["method", "ours", "difference", "p", "seeds", "passes", "time", "paper", "paper's difference"]
+COLUMNS_OF_EXPECTED = ("method", "mean", "std", "source")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        method: its name.
+        values: scores by seed.
+        p_value: of the difference to the baseline; NaN if unknown.
+        passes: mean per update, NaN if nothing was run.
+        seconds: mean time of training.
+        expected: the paper's mean and standard deviation, NaN where it has none.
+    """
+
+    method: str
+    values: dict[int, float]
+    p_value: float
+    passes: float
+    seconds: float
+    expected: tuple[float, float]
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.values.values()) if self.values else math.nan
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over seeds (n - 1); NaN for one seed."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
+
+
+def read_expected(path: Path) -> dict[str, tuple[float, float]]:
+    """The paper's mean and standard deviation by method, from ``expected.tsv``."""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    return {row["method"]: (float(row["mean"]), float(row["std"] or "nan")) for row in rows}
+
+
+def table_rows(recipe: Recipe, obtained: Path, expected: Path) -> list[Row]:
+    """Rows of the table, in the recipe's order; methods that are only in the paper come last.
+
+    Args:
+        recipe: the recipe at one size.
+        obtained: file of runs.
+        expected: file of the paper's figures.
+    """
+    runs = [r for r in read_rows(obtained) if r["size"] == recipe.size and r["metric"] == recipe.metric.name]
+    paper = read_expected(expected)
+    values = {
+        method: {int(row["seed"]): float(row["value"]) for row in runs if row["method"] == method}
+        for method in (*recipe.methods, *(method for method in paper if method not in recipe.methods))
+    }
+    rows = []
+    for method, scores in values.items():
+        own = [row for row in runs if row["method"] == method]
+        rows.append(
+            Row(
+                method=method,
+                values=scores,
+                p_value=math.nan if method == recipe.baseline else _p_value(own, scores, values[recipe.baseline]),
+                passes=_mean([float(row["passes"]) for row in own]),
+                seconds=_mean([float(row["seconds"]) for row in own]),
+                expected=paper.get(method, (math.nan, math.nan)),
+            )
+        )
+    return rows
+
+
+def cells(rows: Sequence[Row], metric: Metric) -> list[list[str]]:
+    """The table's words, head first; empty where nothing was run or the paper has nothing."""
+    base, sign = rows[0], {"higher": 1, "lower": -1}[metric.better]
+    unit = f" ({metric.unit})" if metric.unit else ""
+    head = [*HEAD]
+    head[1] = f"ours{unit}, {metric.name}, {metric.better} is better"
+    table = [head]
+    for row in rows:
+        is_base = row is base
+        better = "" if is_base or math.isnan(row.mean - base.mean) else _mark(sign * (row.mean - base.mean))
+        table.append([
+            row.method,
+            _with_spread(row.mean, row.std, metric.digits),
+            "" if is_base else _signed(row.mean - base.mean, metric.digits) + better,
+            _number(row.p_value, 3),
+            str(len(row.values)),
+            _number(row.passes, 2),
+            _duration(row.seconds),
+            _with_spread(*row.expected, metric.digits),
+            "" if is_base else _signed(row.expected[0] - base.expected[0], metric.digits),
+        ])  # fmt: skip
+    return table
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [_markdown_line(table[0]), "|" + "---|" * len(table[0]), *map(_markdown_line, table[1:])]
+    return "\n".join(lines) + "\n"
+
+
+def latex(table: Sequence[Sequence[str]]) -> str:
+    """A LaTeX table for the package booktabs."""
+    lines = [" & ".join(map(_escaped, row)) + r" \\" for row in table]
+    body = [r"\begin{tabular}{l" + "r" * (len(table[0]) - 1) + "}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
+    return "\n".join([*body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def tsv(table: Sequence[Sequence[str]]) -> str:
+    """A table with tabs between its columns."""
+    return "\n".join("\t".join(row) for row in table) + "\n"
+
+
+FORMATS = {"markdown": markdown, "latex": latex, "tsv": tsv}
+
+
+def _p_value(rows: Sequence[dict[str, str]], scores: dict[int, float], base: dict[int, float]) -> float:
+    """Of the bootstrap, the largest over seeds; else of a paired t-test over the seeds that both have."""
+    given = [float(row["p_value"]) for row in rows if row["p_value"]]
+    if given:
+        return max(given)
+    seeds = sorted(scores.keys() & base.keys())
+    return paired_t_test([scores[seed] for seed in seeds], [base[seed] for seed in seeds])
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return statistics.fmean(numbers) if numbers else math.nan
+
+
+def _mark(gain: float) -> str:
+    return " ↑" if gain > 0 else " ↓" if gain < 0 else ""
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _signed(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:+.{digits}f}"
+
+
+def _with_spread(mean: float, std: float, digits: int) -> str:
+    return _number(mean, digits) + ("" if math.isnan(std) or math.isnan(mean) else f" ± {std:.{digits}f}")
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return ""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _markdown_line(row: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+
+def _escaped(cell: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in cell)
+
+
+_LATEX = {
+    "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+    "‖": r"$\Vert$", "√": r"$\surd$", "ε": r"$\epsilon$", "δ": r"$\delta$", "∞": r"$\infty$",
+}  # fmt: skip

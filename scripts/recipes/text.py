@@ -1,0 +1,61 @@
+"""Reading corpora, counting words, binarising for fairseq."""
+
+import lzma
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from scripts.recipes.recipe import ROOT
+
+NUM_SPECIAL = 4  # <s>, <pad>, </s> and <unk> of a fairseq dictionary
+
+
+class CorpusError(ValueError):
+    """A corpus is not where it should be, or not what it should be."""
+
+
+def read_lines(folder: Path, name: str) -> list[str]:
+    """Lines of a file, plain or ``.xz``, in UTF-8; only line feeds end a line.
+
+    Raises:
+        CorpusError: names the folder and the file, if there is none.
+    """
+    for path in (folder / name, folder / f"{name}.xz"):
+        if path.exists():
+            opened = lzma.open(path, "rt", encoding="utf-8", newline="\n") if path.suffix == ".xz" else None
+            with opened or path.open(encoding="utf-8", newline="\n") as file:
+                return file.read().removesuffix("\n").split("\n")
+    raise CorpusError(f"{folder} has neither {name} nor {name}.xz; --data must name the folder of the corpora")
+
+
+def write_dictionary(path: Path, sentences: Iterable[Sequence[str]], num_words: int) -> None:
+    """Write fairseq's dictionary of the most frequent words.
+
+    Args:
+        path: ``dict.txt``.
+        sentences: words of the training part.
+        num_words: size of the vocabulary, fairseq's four special symbols included.
+    """
+    counts = Counter(word for sentence in sentences for word in sentence)
+    kept = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[: num_words - NUM_SPECIAL]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{word} {count}\n" for word, count in kept), encoding="utf-8")
+
+
+def binarise(texts: dict[str, Path], out: Path, dictionary: Path | None = None) -> None:
+    """Run fairseq-preprocess on one side: ``out/train.bin`` and so on.
+
+    Args:
+        texts: file of words by split (``train``, ``valid``, ``test``).
+        out: folder for the binarised splits and ``dict.txt``.
+        dictionary: the dictionary; default one of all words of ``train``.
+    """
+    words = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--destdir", str(out)]
+    for split, path in texts.items():
+        words += [f"--{split}pref", str(path)]
+    words += ["--srcdict", str(dictionary)] if dictionary else []
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise CorpusError("fairseq-preprocess failed:\n" + "\n".join(done.stderr.strip().splitlines()[-10:]))

@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Run a recipe over methods and seeds: prepare the data once, train, score, write obtained.tsv.
+
+    run_table.py ga_sam_table1_imdb --size mini
+    run_table.py ga_sam_table1_imdb --size mini --methods SAM GA-SAM --seeds 1 2 --jobs 2 --cpu
+
+Started again, it goes on where it stopped: finished runs are kept, others continue from their last checkpoint. With
+several GPUs there is a job on each at a time; ``--jobs`` says otherwise.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.recipes.recipe import RecipeError, read_recipe  # noqa: E402
+from scripts.recipes.runner import RunError, run_table  # noqa: E402
+
+NEARBY = ROOT.parent / "shared" / "data"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a folder with recipe.yaml, or the name of one in examples")
+    parser.add_argument("--size", default="mini", help="mini (2 CPU cores) or paper (a GPU); default mini")
+    parser.add_argument("--data", type=Path, default=NEARBY, help=f"folder of the corpora; default {NEARBY}")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs; default ./runs")
+    parser.add_argument("--methods", nargs="+", help="rows of the table; default all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: the recipe's")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default one for each GPU, or one on the CPU")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    parser.add_argument("--record", action="store_true", help="write obtained.tsv into the recipe's folder too")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and leave")
+    args = parser.parse_args()
+    try:
+        recipe = read_recipe(args.recipe, args.size)
+        run_table(
+            recipe, data=args.data, out=args.out.resolve(), methods=args.methods, seeds=args.seeds, num_jobs=args.jobs,
+            cpu=args.cpu, record=args.record, dry_run=args.dry_run,
+        )  # fmt: skip
+    except (RecipeError, RunError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from here") from None
+
+
+if __name__ == "__main__":
+    main()
