@@ -15,8 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.recipes.obtained import read_rows  # noqa: E402
 from scripts.recipes.recipe import RecipeError, read_recipe, recipe_folders  # noqa: E402
 from scripts.recipes.tables import FORMATS, cells, table_rows  # noqa: E402
+
+BEGIN, END = "<!-- table: made by scripts/make_table.py --readme -->", "<!-- end of table -->"
 
 
 def main() -> None:
@@ -28,25 +31,42 @@ def main() -> None:
     parser.add_argument("--size", default="mini", help="mini or paper; default mini")
     parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument("--obtained", type=Path, help="file of runs; default obtained.tsv in the recipe's folder")
+    parser.add_argument("--readme", action="store_true", help="write the tables of all sizes into the recipes' READMEs")
     parser.add_argument("--output", type=Path, help="file to write; default standard output")
     args = parser.parse_args()
     if args.obtained and len(args.recipes) != 1:
         raise SystemExit(f"error: --obtained goes with one recipe, got {len(args.recipes)}")
-    texts = []
-    for folder in args.recipes or recipe_folders():
-        try:
-            recipe = read_recipe(folder, args.size)
-        except RecipeError as error:
-            raise SystemExit(f"error: {error}") from None
-        obtained = args.obtained or recipe.folder / "obtained.tsv"
-        rows = table_rows(recipe, obtained, recipe.folder / "expected.tsv")
-        title = f"{recipe.paper}: {recipe.title} ({args.size})\n\n" if args.format == "markdown" else ""
-        texts.append(title + FORMATS[args.format](cells(rows, recipe.metric)))
+    try:
+        for folder in args.recipes or recipe_folders() if args.readme else []:
+            write_readme(read_recipe(folder, "mini").folder)
+        texts = [table(folder, args.size, args.format, args.obtained) for folder in args.recipes or recipe_folders()]
+    except RecipeError as error:
+        raise SystemExit(f"error: {error}") from None
     text = "\n".join(texts)
     if args.output:
         args.output.write_text(text, encoding="utf-8")
-    else:
+    elif not args.readme:
         sys.stdout.write(text)
+
+
+def table(folder: str | Path, size: str, form: str, obtained: Path | None = None) -> str:
+    """One recipe's table, with a title where the format has room for it."""
+    recipe = read_recipe(folder, size)
+    rows = table_rows(recipe, obtained or recipe.folder / "obtained.tsv", recipe.folder / "expected.tsv")
+    title = f"{recipe.paper}: {recipe.title} (`--size {size}`)\n\n" if form == "markdown" else ""
+    return title + FORMATS[form](cells(rows, recipe.metric))
+
+
+def write_readme(folder: Path) -> None:
+    """Put the tables of the sizes that were run between the marks of a recipe's README."""
+    path = folder / "README.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise RecipeError(f"{path} needs the lines {BEGIN} and {END}, between which the table goes")
+    run = {row["size"] for row in read_rows(folder / "obtained.tsv")} or {"mini"}
+    tables = "\n".join(table(folder, size, "markdown") for size in sorted(run))
+    path.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A recipe: the settings of one table of a paper, read from ``recipe.yaml`` in its folder.
 
-The file has these keys; ``extends`` names another recipe's folder, whose keys are taken where the file has none.
+The file has these keys; ``extends`` names another recipe's folder, whose keys are taken where the file has none
+(``sizes`` and ``sources`` add up; methods are the recipe's own).
 
 ==============  ====================================================================================================
 ``title``       what is trained on what
@@ -176,8 +177,10 @@ def _content(place: Path) -> dict[str, Any]:
     if "prepare" in content:
         content["prepare"] = place / content["prepare"]
     if "extends" in content:
-        base = _content(_found(place.parent / content.pop("extends")))
-        content = {**base, **content, "sizes": _merged(base["sizes"], content.get("sizes") or {})}
+        base = _content(_found(place / content.pop("extends")))
+        sources = {**(base.get("sources") or {}), **(content.get("sources") or {})}
+        sizes = _merged(base["sizes"], content.get("sizes") or {})
+        content = {**base, **content, "sizes": sizes, "sources": sources}
     missing = sorted({"title", "paper", "prepare", "evaluate", "metric", "methods", "sizes"} - set(content))
     if missing:
         raise RecipeError(f"{place / FILE} needs the key {missing[0]!r}")

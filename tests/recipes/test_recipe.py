@@ -1,0 +1,168 @@
+"""Recipes are read, checked, and turned into commands."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fairseq", reason="recipes run fairseq's commands")
+
+import fairseq_sam.models.textcnn  # noqa: F401
+from fairseq_sam.adapter.config import check_config
+from scripts.recipes.evaluations import EVALUATIONS
+from scripts.recipes.jobs import Job, data_folder
+from scripts.recipes.recipe import EXAMPLES, RecipeError, command_line, read_recipe, recipe_folders
+from tests.adapter import runs
+
+RECIPES = [path.name for path in recipe_folders()]
+PAPERS = EXAMPLES.parents[1] / "shared" / "papers"
+# Not settings of an experiment: what fairseq needs to know, and where we follow its own recipes.
+PLUMBING = {
+    "task", "criterion", "num-classes", "best-checkpoint-metric", "maximize-best-checkpoint-metric", "num-workers",
+    "no-epoch-checkpoints", "required-batch-size-multiple", "lr-scheduler", "sample-break-mode", "decoder-layers",
+    "decoder-out-embed-dim", "ddp-backend",
+}  # fmt: skip
+
+TEXT = """
+title: a title
+paper: a paper
+prepare: prepare.py
+evaluate: classification
+metric: {name: accuracy}
+options: {length: 5}
+flags: {arch: textcnn, lr: 1e-3, dropout: 0.5}
+methods:
+  Baseline: {optimizer: adam}
+  SAM: {optimizer: sam, sam-epsilon: 0.1}
+sizes:
+  mini: {options: {length: 3}, flags: {dropout: 0.1, share-all-embeddings: true}, methods: {SAM: {sam-epsilon: 0.2}}}
+  paper: {}
+"""
+
+
+def write(folder, text):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(text)
+    return folder
+
+
+def test_sizes_change_options_flags_and_methods(tmp_path):
+    mini, paper = (read_recipe(write(tmp_path / "one", TEXT), size) for size in ("mini", "paper"))
+    assert (mini.options, paper.options) == ({"length": 3}, {"length": 5})
+    assert mini.baseline == "Baseline" and mini.seeds == [1]
+    assert mini.methods["SAM"] == {
+        "arch": "textcnn", "lr": "1e-3", "dropout": 0.1, "share-all-embeddings": True, "optimizer": "sam",
+        "sam-epsilon": 0.2,
+    }  # fmt: skip
+    assert paper.methods["SAM"]["sam-epsilon"] == 0.1 and paper.methods["Baseline"]["dropout"] == 0.5
+
+
+def test_another_table_on_the_same_data_shares_runs(tmp_path):
+    first = write(tmp_path / "one", TEXT)
+    other = write(
+        tmp_path / "two",
+        "extends: ../one\npaper: Table 2\n"
+        "methods:\n  Base: {optimizer: adam}\n  Wide: {optimizer: sam, sam-epsilon: 9}\n"
+        "sizes: {mini: {flags: {max-epoch: 2}}}",
+    )
+    one, two = read_recipe(first, "paper"), read_recipe(other, "paper")
+    assert two.paper == "Table 2" and two.title == "a title" and list(two.methods) == ["Base", "Wide"]
+    assert data_folder(one, tmp_path) == data_folder(two, tmp_path)
+    assert data_folder(one, tmp_path) != data_folder(read_recipe(first, "mini"), tmp_path)
+    job, same = Job(one, "Baseline", 1, tmp_path), Job(two, "Base", 1, tmp_path)
+    job.write_settings()
+    assert same.run == job.run and Job(two, "Wide", 1, tmp_path).run != job.run
+    assert Job(one, "Baseline", 2, tmp_path).run != job.run
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("title:", "titel:"), "has 'titel'; the keys are"),
+        (("prepare: prepare.py\n", ""), "needs the key 'prepare'"),
+        (("{name: accuracy}", "{name: accuracy, better: larger}"), "higher or lower, got 'larger'"),
+        (("{options: {length: 3}", "{option: {length: 3}"), "sizes.mini has 'option'; it may have"),
+        (("methods: {SAM: {", "methods: {SMA: {"), "sizes.mini.methods has 'SMA'"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, change, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        read_recipe(write(tmp_path, TEXT.replace(*change)), "mini")
+
+
+def test_unknown_size_and_folder(tmp_path):
+    with pytest.raises(RecipeError, match="--size must be one of mini, paper, got 'large'"):
+        read_recipe(write(tmp_path, TEXT), "large")
+    with pytest.raises(RecipeError, match=r"holds no recipe\.yaml; the recipes are .*ga_sam_table1_imdb"):
+        read_recipe("nowhere", "mini")
+
+
+def test_command_lines():
+    flags = {
+        "lr": "1e-3",
+        "share-all-embeddings": True,
+        "cpu": None,
+        "fp16": False,
+        "eval-bleu-args": "{}",
+        "valid": ["a", 2],
+    }
+    assert command_line(flags) == [
+        "--lr",
+        "1e-3",
+        "--share-all-embeddings",
+        "--eval-bleu-args",
+        "{}",
+        "--valid",
+        "a",
+        "2",
+    ]
+
+
+# -- the recipes of the examples -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["mini", "paper"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_fairseq_takes_every_setting(name, size, tmp_path):
+    """fairseq-train's own parser and the plugin's checks, for each method."""
+    recipe = read_recipe(name, size)
+    assert recipe.evaluate in EVALUATIONS and recipe.prepare.is_file() and recipe.seeds
+    for method in recipe.methods:
+        command = Job(recipe, method, 1, tmp_path, cpu=True).training()
+        check_config(runs.configuration(command[command.index("fairseq_cli.train") + 1 :]))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_setting_of_the_paper_has_a_source(name):
+    recipe = read_recipe(name, "paper")
+    base = recipe.methods[recipe.baseline]
+    wanted = {*recipe.options, *(flag for flag in base if flag not in PLUMBING and flag != "optimizer")}
+    assert wanted <= recipe.sources.keys(), sorted(wanted - recipe.sources.keys())
+    assert set(recipe.methods) - {recipe.baseline} <= recipe.sources.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_folder_is_complete(name):
+    folder = EXAMPLES / name
+    assert {"README.md", "recipe.yaml", "run.sh", "expected.tsv"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_paper_s_figures_are_the_paper_s(name):
+    """Each row of expected.tsv stands in the line of the paper that it names."""
+    with (EXAMPLES / name / "expected.tsv").open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert rows and {row["method"] for row in rows} >= set(read_recipe(name, "paper").methods)
+    if not PAPERS.is_dir():
+        pytest.skip("the papers' texts are not beside the project")
+    for row in rows:
+        paper, _, number = row["source"].partition(":")
+        line = (PAPERS / paper).read_text(encoding="utf-8").split("\n")[int(number) - 1]
+        figures = f"{row['mean']}±{row['std']}" if row["std"] else row["mean"]
+        assert figures in line, f"{name}, {row['method']}: {figures} is not in {row['source']}: {line}"
+
+
+def test_there_are_recipes():
+    assert {"ga_sam_table1_imdb", "ga_sam_table1_ptb"} <= set(RECIPES)
+    assert all(Path(EXAMPLES / name / "recipe.yaml").is_file() for name in RECIPES)
