@@ -40,16 +40,16 @@ def fairseq_command(command: str, *words: object) -> str:
 
 def classification(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
     """Accuracy (%) and loss of the checkpoint with the best validation score, on ``valid`` and ``test``."""
+    flags = settings["flags"]
+    scores: Scores = {}
     output = fairseq_command(
-        "validate", Path(settings["data"]) / "data-bin", "--path", run / "checkpoint_best.pt", "--valid-subset",
-        "valid,test", "--batch-size", 64, "--log-format", "json", *ALL_INSTANCES, *device,
+        "validate", Path(settings["data"]) / "data-bin", "--path", run / "checkpoint_best.pt", "--task", flags["task"],
+        "--criterion", flags["criterion"], "--valid-subset", "valid,test", "--batch-size", 64, "--log-format", "json",
+        *ALL_INSTANCES, *device,
     )  # fmt: skip
-    lines = {
-        split: json.loads(_found(rf"\{{[^\n]*\"{split}_accuracy\"[^\n]*\}}", output)) for split in ("valid", "test")
-    }
-    scores = {
-        f"{split}_{key}": float(line[f"{split}_{key}"]) for split, line in lines.items() for key in ("accuracy", "loss")
-    }
+    for split in ("valid", "test"):
+        line = json.loads(_found(rf"\{{[^\n]*\"{split}_accuracy\"[^\n]*\}}", output))
+        scores |= {f"{split}_{key}": float(line[f"{split}_{key}"]) for key in ("accuracy", "loss")}
     return {"accuracy": scores.pop("test_accuracy"), **scores}
 
 

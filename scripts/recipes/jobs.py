@@ -15,7 +15,7 @@ PLUGIN = ROOT / "fairseq_sam"
 LOG, SCORES, SETTINGS = "train.log", "scores.json", "settings.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A method of a recipe with one seed.
 

@@ -40,7 +40,7 @@ def record_job(job: Job, tables: Sequence[Path]) -> None:
     row |= {"size": job.recipe.size, "method": job.method, "seed": str(job.seed), "flags": _method_flags(job)}
     for table in tables:
         earlier = [each["p_value"] for each in read_rows(table) if _key(each) == _key(row)]
-        _put(table, {"p_value": "".join(earlier), **row})
+        _put(table, {"p_value": "".join(earlier), **row}, list(job.recipe.methods))
 
 
 def _measured(job: Job) -> dict[str, str]:
@@ -70,7 +70,7 @@ def write_significance(recipe: Recipe, jobs: Sequence[Job], tables: Sequence[Pat
         for table in tables:
             for row in read_rows(table):
                 if _key(row) == (recipe.size, job.method, str(job.seed), recipe.metric.name):
-                    _put(table, {**row, "p_value": f"{p_value:.4g}"})
+                    _put(table, {**row, "p_value": f"{p_value:.4g}"}, list(recipe.methods))
 
 
 def versions() -> str:
@@ -111,13 +111,15 @@ def _key(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[key] for key in KEY)
 
 
-def _put(table: Path, row: dict[str, str]) -> None:
+def _put(table: Path, row: dict[str, str], order: list[str]) -> None:
+    """Put a row into its place by size, method and seed; methods that the recipe has no more come last."""
     rows = {_key(each): each for each in read_rows(table)}
     rows[_key(row)] = row
+    order = [*order, *(each["method"] for each in rows.values() if each["method"] not in order)]
     table.parent.mkdir(parents=True, exist_ok=True)
     partial = table.with_suffix(".part")
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows.values())
+        writer.writerows(sorted(rows.values(), key=lambda r: (r["size"], order.index(r["method"]), int(r["seed"]))))
     partial.replace(table)

@@ -1,0 +1,35 @@
+"""Generated corpora in the layout of the real ones."""
+
+import random
+from pathlib import Path
+
+GOOD = "good great fine lovely superb".split()
+BAD = "bad poor dull awful weak".split()
+OTHER = "the a film plot actor scene was is it and but with of this that story music end".split()
+
+
+def write_imdb(folder: Path, num_train: int = 80, num_test: int = 40) -> None:
+    """Reviews with a good or a bad word among others."""
+    (folder / "imdb").mkdir(parents=True, exist_ok=True)
+    rng = random.Random(0)
+    for name, number in (("train", num_train), ("test", num_test)):
+        rows = []
+        for place in range(number):
+            label = int(place >= number // 2)  # sorted, as the corpus is
+            words = [rng.choice(OTHER) for _ in range(rng.randint(5, 15))]
+            words.insert(rng.randrange(len(words)), rng.choice(GOOD if label else BAD))
+            rows.append(
+                f'{label}\t{9 if label else 2}\t{place}\t{" ".join(words).capitalize()}.<br /><br />\x85 "yes"\n'
+            )
+        (folder / "imdb" / f"{name}.tsv").write_text("".join(rows), encoding="utf-8")
+
+
+def write_ptb(folder: Path, num_lines: int = 60) -> None:
+    """Lines of words in lower case."""
+    (folder / "ptb").mkdir(parents=True, exist_ok=True)
+    rng = random.Random(0)
+    for name, number in (("train", num_lines), ("valid", 12), ("test", 12)):
+        lines = [
+            " " + " ".join(rng.choice(OTHER + GOOD) for _ in range(rng.randint(3, 20))) + " \n" for _ in range(number)
+        ]
+        (folder / "ptb" / f"ptb.{name}.txt").write_text("".join(lines), encoding="utf-8")

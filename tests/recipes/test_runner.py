@@ -1,0 +1,121 @@
+"""Recipes run: data prepared once, methods × seeds trained, scored, recorded; again from where it stopped."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("fairseq", reason="recipes run fairseq's commands")
+
+from scripts.recipes.jobs import LOG, Job, data_folder, log_lines, progress_of, training_summary
+from scripts.recipes.obtained import read_rows
+from scripts.recipes.recipe import EXAMPLES, ROOT, read_recipe
+from scripts.recipes.runner import RunError, run_table
+from tests.recipes import corpora
+
+SMALL = {
+    "ga_sam_table1_imdb": "{num_words: 60, num_train: 40, num_valid: 16, num_test: 20}",
+    "ga_sam_table1_ptb": "{num_lines: 40, evaluated_length: 32}",
+}
+SIZES = {
+    "ga_sam_table1_imdb": "{embed-dim: 8, num-filters: 4, max-epoch: 2, batch-size: 10}",
+    "ga_sam_table1_ptb": (
+        "{decoder-embed-dim: 8, decoder-hidden-size: 8, decoder-out-embed-dim: 8, max-epoch: 2, tokens-per-sample: 16}"
+    ),
+}
+
+
+def small(tmp_path, name, methods):
+    """The recipe with little data and a small model, and the folder of generated corpora."""
+    data = tmp_path / "corpora"
+    corpora.write_imdb(data)
+    corpora.write_ptb(data)
+    folder = tmp_path / f"small_{name}"
+    folder.mkdir()
+    rows = "\n".join(f"  {method}: {flags}" for method, flags in methods.items())
+    (folder / "recipe.yaml").write_text(
+        f"extends: {EXAMPLES / name}\nseeds: [1, 2]\nmethods:\n{rows}\n"
+        f"sizes: {{mini: {{options: {SMALL[name]}, flags: {SIZES[name]}}}}}\n"
+    )
+    return read_recipe(folder, "mini"), data
+
+
+IMDB = {
+    "Baseline": "{optimizer: adam}",
+    "GA-SAM": "{optimizer: ga_sam, base-optimizer: adam, sam-norm: linf, sam-epsilon: 1e-3, sam-steps: 2}",
+}
+
+
+@pytest.mark.slow
+def test_a_table_from_data_to_rows(tmp_path, capsys, monkeypatch):
+    recipe, data = small(tmp_path, "ga_sam_table1_imdb", IMDB)
+    out = tmp_path / "out"
+    run_table(recipe, data=data, out=out, cpu=True, num_jobs=2)
+    table = out / recipe.name / "mini" / "obtained.tsv"
+    rows = read_rows(table)
+    assert [(row["method"], row["seed"]) for row in rows if row["method"] == "GA-SAM"] == [
+        ("GA-SAM", "1"),
+        ("GA-SAM", "2"),
+    ]
+    assert len(rows) == 4 and {row["metric"] for row in rows} == {"accuracy"}
+    for row in rows:
+        assert 0 <= float(row["value"]) <= 100 and 0 <= float(row["valid"]) <= 100
+        assert (row["updates"], row["epochs"]) == ("8", "2")
+        assert row["passes"] == ("3.000" if row["method"] == "GA-SAM" else "1.000")
+        assert "torch" in row["versions"] and row["hardware"].startswith("CPU")
+    assert rows[0]["flags"] == "" and "--sam-epsilon 1e-3" in next(r["flags"] for r in rows if r["method"] == "GA-SAM")
+    assert "4 runs, 0 of them done" in capsys.readouterr().out
+
+    content = table.read_text()
+    monkeypatch.setattr(subprocess, "Popen", None)  # nothing is run again
+    run_table(recipe, data=data, out=out, cpu=True)
+    assert table.read_text() == content and "4 runs, 4 of them done" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_and_a_failed_one_is_named(tmp_path):
+    methods = {"Baseline": "{optimizer: adam}", "Wrong": "{optimizer: sam, sam-norm: l0}"}
+    recipe, data = small(tmp_path, "ga_sam_table1_imdb", methods)
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match=r"(?s)1 of 2 .*Wrong, seed 1: status 2: .*\(--sam-norm\) must be l2"):
+        run_table(recipe, data=data, out=out, cpu=True, seeds=[1])
+    job = Job(recipe, "Baseline", 1, out, cpu=True)
+    whole = training_summary(job.run)
+    assert job.scores is not None and whole["updates"] == 8
+    again = Job(recipe, "Baseline", 2, out, cpu=True)
+    again.write_settings()
+    begun = [*again.training(), "--max-epoch", "1"]
+    subprocess.run(begun, check=True, capture_output=True, cwd=ROOT)
+    first = (again.run / LOG).read_text()
+    share, text = progress_of(again.run, again.flags)
+    assert share == 0.5 and text.startswith("epoch 1/2, loss ")
+    run_table(recipe, data=data, out=out, cpu=True, methods=["Baseline"], seeds=[2])
+    assert (again.run / LOG).read_text().startswith(first), "the log goes on"
+    assert [line["epoch"] for line in log_lines(again.run) if "train_loss" in line] == [1, 2], "no epoch runs twice"
+    assert training_summary(again.run)["updates"] == 8
+
+
+@pytest.mark.slow
+def test_perplexity(tmp_path):
+    recipe, data = small(tmp_path, "ga_sam_table1_ptb", {"Baseline": "{optimizer: sgd}"})
+    run_table(recipe, data=data, out=tmp_path / "out", cpu=True, seeds=[1])
+    (row,) = read_rows(tmp_path / "out" / recipe.name / "mini" / "obtained.tsv")
+    assert row["metric"] == "perplexity" and 1 < float(row["value"]) < 100
+    assert (data_folder(recipe, tmp_path / "out") / "data-bin" / "dict.txt").exists()
+
+
+def test_missing_corpus_and_unknown_method(tmp_path):
+    recipe, _ = small(tmp_path, "ga_sam_table1_imdb", IMDB)
+    with pytest.raises(RunError, match="--methods must be among Baseline, GA-SAM, got 'SAM'"):
+        run_table(recipe, data=tmp_path, out=tmp_path / "out", methods=["SAM"], cpu=True)
+    command = [sys.executable, ROOT / "scripts/run_table.py", recipe.folder, "--data", tmp_path / "none"]
+    done = subprocess.run([*command, "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 1 and "none/imdb has neither train.tsv nor train.tsv.xz; --data must name" in done.stderr
+
+
+def test_a_dry_run_prints_commands(tmp_path, capsys):
+    recipe, data = small(tmp_path, "ga_sam_table1_imdb", IMDB)
+    run_table(recipe, data=data, out=tmp_path / "out", cpu=True, dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * 4 and "prepare.py" in lines[0] and not (tmp_path / "out").exists()
+    assert sum("--optimizer ga_sam" in line for line in lines) == 2

@@ -1,0 +1,110 @@
+"""Tables of obtained scores."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+from scipy import stats
+
+from scripts.recipes.obtained import COLUMNS
+from scripts.recipes.recipe import EXAMPLES, ROOT, read_recipe
+from scripts.recipes.significance import paired_bootstrap, paired_t_test
+from scripts.recipes.tables import cells, latex, markdown, table_rows, tsv
+
+SCORES = {"Baseline": [80.0, 81.0, 80.5], "SAM": [81.0, 82.5, 81.25], "ASAM": [79.0]}
+
+
+def write_rows(path, scores, size="mini", p_values=None):
+    lines = ["\t".join(COLUMNS)]
+    for method, values in scores.items():
+        for seed, value in enumerate(values, start=1):
+            row = dict.fromkeys(COLUMNS, "") | {
+                "size": size, "method": method, "seed": str(seed), "metric": "accuracy", "value": str(value),
+                "passes": "1.5", "seconds": "300", "p_value": str((p_values or {}).get(method, "")),
+            }  # fmt: skip
+            lines.append("\t".join(row[column] for column in COLUMNS))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def table(tmp_path):
+    recipe = read_recipe("ga_sam_table1_imdb", "mini")
+    obtained = write_rows(tmp_path / "obtained.tsv", SCORES)
+    return cells(table_rows(recipe, obtained, recipe.folder / "expected.tsv"), recipe.metric)
+
+
+def test_mean_deviation_difference_and_p_value(table):
+    by_method = {row[0]: row for row in table[1:]}
+    expected_p = stats.ttest_rel(SCORES["SAM"], SCORES["Baseline"]).pvalue
+    assert by_method["Baseline"] == ["Baseline", "80.50 ± 0.50", "", "", "3", "1.50", "5 min", "84.42 ± 0.12", ""]
+    assert by_method["SAM"] == [
+        "SAM", "81.58 ± 0.80", "+1.08 ↑", f"{expected_p:.3f}", "3", "1.50", "5 min", "84.75 ± 0.31", "+0.33",
+    ]  # fmt: skip
+    assert by_method["ASAM"][1:4] == ["79.00", "-1.50 ↓", ""]
+    assert by_method["GA-SAM"][1:7] == ["", "", "", "0", "", ""] and by_method["GA-SAM"][7] == "86.11 ± 0.22"
+
+
+def test_lower_can_be_better(tmp_path):
+    recipe = read_recipe("ga_sam_table1_ptb", "mini")
+    path = write_rows(tmp_path / "obtained.tsv", {"Baseline": [90.0], "SAM": [95.0], "GA-SAM": [85.0]})
+    path.write_text(path.read_text().replace("accuracy", "perplexity"))
+    by_method = {row[0]: row for row in cells(table_rows(recipe, path, tmp_path / "none.tsv"), recipe.metric)}
+    assert by_method["SAM"][2] == "+5.00 ↓" and by_method["GA-SAM"][2] == "-5.00 ↑" and by_method["SAM"][7] == ""
+
+
+def test_other_sizes_do_not_count_and_a_bootstrap_goes_first(tmp_path):
+    recipe = read_recipe("ga_sam_table1_imdb", "paper")
+    path = write_rows(tmp_path / "obtained.tsv", SCORES, size="paper", p_values={"SAM": 0.25})
+    rows = {row.method: row for row in table_rows(recipe, path, tmp_path / "none.tsv")}
+    assert rows["SAM"].p_value == 0.25 and rows["SAM"].values == {1: 81.0, 2: 82.5, 3: 81.25}
+    mini = table_rows(read_recipe("ga_sam_table1_imdb", "mini"), path, tmp_path / "none.tsv")
+    assert all(not row.values and math.isnan(row.mean) for row in mini)
+
+
+def test_formats(table):
+    assert markdown(table).splitlines()[1] == "|" + "---|" * 9
+    assert markdown([["a|b"], ["c"]]).splitlines()[0] == r"| a\|b |"
+    text = latex(table)
+    assert r"81.58 $\pm$ 0.80 & +1.08 $\uparrow$" in text and r"(\%)" in text and text.count(r"\\") == 7
+    assert tsv(table).splitlines()[2].split("\t")[0] == "SAM"
+
+
+def test_t_test():
+    assert math.isnan(paired_t_test([1.0], [2.0])) and paired_t_test([1.0, 2.0], [1.0, 2.0]) == 1.0
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        paired_t_test([1.0, 2.0], [1.0])
+
+
+def test_bootstrap():
+    references = [f"the number {number} is a fine number and it is here to stay" for number in range(60)]
+    worse = [line.replace("fine", "bad").replace("stay", "go") for line in references]
+    assert paired_bootstrap(references, worse, references) < 0.01
+    half = [a if place % 2 else b for place, (a, b) in enumerate(zip(references, worse, strict=True))]
+    other = [b if place % 2 else a for place, (a, b) in enumerate(zip(references, worse, strict=True))]
+    assert paired_bootstrap(half, other, references) > 0.1
+
+
+def test_the_command(tmp_path):
+    obtained = write_rows(tmp_path / "obtained.tsv", SCORES)
+    command = [sys.executable, ROOT / "scripts" / "make_table.py", "ga_sam_table1_imdb", "--obtained", obtained]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("GA-SAM, Table 1: IMDB, TextCNN (`--size mini`)\n\n| method")
+    done = subprocess.run([*command, "--size", "huge"], capture_output=True, text=True)
+    assert done.returncode == 1 and "--size must be one of mini, paper, got 'huge'" in done.stderr
+
+
+def test_the_readmes_have_the_tables_of_the_runs():
+    """What scripts/make_table.py --readme writes is there, as it is."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from make_table import write_readme
+
+    for path in sorted(EXAMPLES.glob("*/recipe.yaml")):
+        readme = path.with_name("README.md")
+        before = readme.read_text()
+        try:
+            write_readme(path.parent)
+            assert readme.read_text() == before, f"{readme}: run scripts/make_table.py --readme"
+        finally:
+            readme.write_text(before)
