@@ -19,7 +19,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the corpora, with ptb in it")
     parser.add_argument("--out", type=Path, required=True, help="folder to write data-bin into")
     parser.add_argument("--num-lines", type=int, help="first lines of the training part; default all")
-    parser.add_argument("--evaluated-length", type=int, help="not used here: words of a piece in the evaluation")
     args = parser.parse_args()
     files = {}
     try:

@@ -90,7 +90,9 @@ def split_words(text: Path, num_merges: int) -> Path:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with train.en, train.vi, tst2012.*, tst2013.* (plain or .xz)")
+    parser.add_argument(
+        "--data", type=Path, help="folder with train.*, tst2012.*, tst2013.* (plain or .xz), or with iwslt15_envi"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; data-bin below it is for fairseq")
     parser.add_argument("--num-train", type=int, default=0, help="size of a random sample of training pairs; 0: all")
     parser.add_argument("--seed", type=int, default=1, help="seed of the sample (default 1)")
@@ -98,6 +100,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes for fairseq-preprocess (default 2)")
     args = parser.parse_args()
     folder = args.data or (NEARBY if NEARBY.is_dir() else None)
+    if folder is not None and (folder / NEARBY.name).is_dir():
+        folder = folder / NEARBY.name
     if folder is not None and not folder.is_dir():
         parser.error(f"--data {folder} is not a folder")
     print(f"corpus: {folder or PUBLIC_ADDRESS}", flush=True)

@@ -6,36 +6,16 @@ As a command: ``python -m scripts.recipes.evaluations RUN [--cpu]`` scores a run
 import argparse
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.recipes.jobs import PLUGIN, SCORES, SETTINGS
-from scripts.recipes.recipe import ROOT
+from scripts.recipes.commands import ALL_INSTANCES, CommandError, fairseq_command
+from scripts.recipes.jobs import SCORES, SETTINGS
+from scripts.recipes.significance import HYPOTHESES, REFERENCES
+from scripts.recipes.translation import average, bleu, detokenise, translate
 
-# fairseq drops a last batch whose size is no multiple of this, which is 8 by default: up to 7 sentences of a test set.
-ALL_INSTANCES = ["--required-batch-size-multiple", "1"]
 Scores = dict[str, float]
-
-
-class EvaluationError(RuntimeError):
-    """A command failed, or did not print what it should."""
-
-
-def fairseq_command(command: str, *words: object) -> str:
-    """Run a command of fairseq's and return all it prints.
-
-    Raises:
-        EvaluationError: with the end of its output, if it fails.
-    """
-    line = [sys.executable, "-m", f"fairseq_cli.{command}", *map(str, words), "--user-dir", str(PLUGIN)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        end = "\n".join(done.stderr.strip().splitlines()[-15:])
-        raise EvaluationError(f"fairseq-{command.replace('_', '-')} failed:\n{end}")
-    return done.stdout + done.stderr
 
 
 def classification(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
@@ -59,22 +39,35 @@ def perplexity(run: Path, settings: dict[str, Any], device: list[str]) -> Scores
     for split in ("valid", "test"):
         output = fairseq_command(
             "eval_lm", data, "--path", run / "checkpoint_best.pt", "--gen-subset", split, "--batch-size", 8,
-            "--tokens-per-sample", settings["options"]["evaluated_length"], *ALL_INSTANCES, *device,
+            "--tokens-per-sample", settings["evaluation"]["length"], *ALL_INSTANCES, *device,
         )  # fmt: skip
         scores[split] = float(_found(r"Perplexity: ([\d.]+)", output))
     return {"perplexity": scores["test"], "valid_perplexity": scores["valid"]}
 
 
+def translation(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
+    """BLEU of the test set with the averaged last checkpoints; the detokenised text is kept for significance tests."""
+    options = settings["evaluation"]
+    checkpoint = average(run, options["average"])
+    data_bin, target = Path(settings["data"]) / "data-bin", options["target"]
+    hypotheses, references = translate(data_bin, checkpoint, device, target=target, beam=options["beam"])
+    for name, lines in ((HYPOTHESES, hypotheses), (REFERENCES, references)):
+        (run / name).write_text("".join(f"{line}\n" for line in detokenise(lines)), encoding="utf-8")
+    scores = bleu(hypotheses, references)
+    return {"bleu": scores.detokenised, "bleu_tokenised": scores.tokenised}
+
+
 EVALUATIONS: dict[str, Callable[[Path, dict[str, Any], list[str]], Scores]] = {
     "classification": classification,
     "perplexity": perplexity,
+    "translation": translation,
 }
 
 
 def _found(pattern: str, output: str) -> str:
     matches = re.findall(pattern, output)
     if not matches:
-        raise EvaluationError(f"expected {pattern} in the output, which ends with\n{output[-1000:]}")
+        raise CommandError(f"expected {pattern} in the output, which ends with\n{output[-1000:]}")
     return str(matches[-1])
 
 
@@ -88,7 +81,7 @@ def main() -> None:
     evaluate = EVALUATIONS[settings["evaluate"]]
     try:
         scores = evaluate(args.run, settings, ["--cpu"] if args.cpu else [])
-    except EvaluationError as error:
+    except CommandError as error:
         raise SystemExit(f"error: {error}") from None
     partial = args.run / f"{SCORES}.part"
     partial.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")

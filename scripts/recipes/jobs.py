@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from scripts.recipes.recipe import ROOT, Flags, Recipe, command_line
+from scripts.recipes.commands import PLUGIN
+from scripts.recipes.recipe import Flags, Recipe, command_line
 
-PLUGIN = ROOT / "fairseq_sam"
 LOG, SCORES, SETTINGS = "train.log", "scores.json", "settings.json"
 
 
@@ -48,7 +48,8 @@ class Job:
     @cached_property
     def folder(self) -> Path:
         """Where the run is."""
-        settings = json.dumps([self.flags, dict(self.recipe.options), self.recipe.evaluate], sort_keys=True)
+        scoring = [self.recipe.evaluate, *([dict(self.recipe.evaluation)] if self.recipe.evaluation else [])]
+        settings = json.dumps([self.flags, dict(self.recipe.options), *scoring], sort_keys=True)
         slug = re.sub(r"[^a-z0-9]+", "-", self.method.lower()).strip("-")
         return self.data.parent / "runs" / f"{_digest(settings)}-{slug}" / f"seed{self.seed}"
 
@@ -77,7 +78,7 @@ class Job:
         settings = {
             "recipe": self.recipe.name, "size": self.recipe.size, "method": self.method, "seed": self.seed,
             "evaluate": self.recipe.evaluate, "metric": self.recipe.metric.name, "options": dict(self.recipe.options),
-            "flags": self.flags, "data": str(self.data),
+            "evaluation": dict(self.recipe.evaluation), "flags": self.flags, "data": str(self.data),
         }  # fmt: skip
         (self.run / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 

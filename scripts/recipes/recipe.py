@@ -9,11 +9,13 @@ The file has these keys; ``extends`` names another recipe's folder, whose keys a
 ``prepare``     script that prepares the data, in the folder of the recipe that has the key
 ``evaluate``    how a run is scored: a name in ``evaluations.EVALUATIONS``
 ``metric``      the score that the table shows: ``name``, ``better`` (higher or lower), ``unit``, ``digits``
-``options``     what preparation and evaluation need to know, by name
+``options``     what the preparation needs to know, by name
+``evaluation``  what the evaluation needs to know, by name
 ``flags``       fairseq-train's flags of all methods, without dashes; ``true`` for a flag without a value
 ``methods``     by name of the table's row, the flags of the method; the first is the baseline
 ``seeds``       seeds of the runs
-``sizes``       ``mini`` and ``paper``: ``options``, ``flags``, ``methods`` (flags by method) and ``seeds`` that differ
+``sizes``       ``mini`` and ``paper``: ``options``, ``evaluation``, ``flags``, ``methods`` (flags by method) and
+                ``seeds`` that differ
 ``sources``     where a setting is from, by flag, option or method
 ==============  ====================================================================================================
 """
@@ -29,10 +31,10 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 FILE = "recipe.yaml"
 KEYS = {
-    "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "flags", "methods", "seeds", "sizes",
-    "sources",
+    "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "evaluation", "flags", "methods", "seeds",
+    "sizes", "sources",
 }  # fmt: skip
-SIZE_KEYS = {"options", "flags", "methods", "seeds"}
+SIZE_KEYS = {"options", "evaluation", "flags", "methods", "seeds"}
 
 Flags = dict[str, Any]
 
@@ -73,6 +75,8 @@ class Recipe:
         size: ``mini`` or ``paper``.
         prepare: the preparing script.
         evaluate: how a run is scored.
+        options: what the preparation needs to know.
+        evaluation: what the evaluation needs to know.
         methods: fairseq-train's flags by method, those of all methods included.
         sources: where settings are from.
     """
@@ -86,6 +90,7 @@ class Recipe:
     evaluate: str
     metric: Metric
     options: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
     methods: Mapping[str, Flags]
     seeds: Sequence[int]
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -134,6 +139,7 @@ def read_recipe(folder: str | Path, size: str) -> Recipe:
         evaluate=content["evaluate"],
         metric=Metric(**content["metric"]),
         options={**(content.get("options") or {}), **(changes.get("options") or {})},
+        evaluation={**(content.get("evaluation") or {}), **(changes.get("evaluation") or {})},
         methods={
             name: {**shared, **(flags or {}), **(own.get(name) or {})} for name, flags in content["methods"].items()
         },
@@ -192,7 +198,9 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged = {}
     for size in (*base, *(size for size in own if size not in base)):
         first, second = base.get(size) or {}, own.get(size) or {}
-        added = {key: {**(first.get(key) or {}), **(second.get(key) or {})} for key in ("options", "flags")}
+        added = {
+            key: {**(first.get(key) or {}), **(second.get(key) or {})} for key in ("options", "evaluation", "flags")
+        }
         rest = {key: second.get(key, first.get(key) if key == "seeds" else None) for key in ("methods", "seeds")}
         merged[size] = {**added, **{key: value for key, value in rest.items() if value}}
     return merged

@@ -42,7 +42,7 @@ def compare(job: Job, baseline: Job) -> float | None:
     settings = json.loads((job.run / SETTINGS).read_text(encoding="utf-8"))
     references = (job.run / REFERENCES).read_text(encoding="utf-8").split("\n")[:-1]
     first, second = (path.read_text(encoding="utf-8").split("\n")[:-1] for path in paths)
-    return paired_bootstrap(first, second, references, settings["options"].get("bleu_tokenize", "13a"))
+    return paired_bootstrap(first, second, references, settings["evaluation"].get("bleu_tokenize", "13a"))
 
 
 def paired_bootstrap(hypotheses: list[str], baseline: list[str], references: list[str], tokenize: str = "13a") -> float:

@@ -15,7 +15,7 @@ from tests.recipes import corpora
 
 SMALL = {
     "ga_sam_table1_imdb": "{num_words: 60, num_train: 40, num_valid: 16, num_test: 20}",
-    "ga_sam_table1_ptb": "{num_lines: 40, evaluated_length: 32}",
+    "ga_sam_table1_ptb": "{num_lines: 40}",
 }
 SIZES = {
     "ga_sam_table1_imdb": "{embed-dim: 8, num-filters: 4, max-epoch: 2, batch-size: 10}",
