@@ -90,9 +90,7 @@ def split_words(text: Path, num_merges: int) -> Path:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, help="folder with train.*, tst2012.*, tst2013.* (plain or .xz), or with iwslt15_envi"
-    )
+    parser.add_argument("--data", type=Path, help="folder with train.*, tst2012.*, tst2013.* or with iwslt15_envi")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; data-bin below it is for fairseq")
     parser.add_argument("--num-train", type=int, default=0, help="size of a random sample of training pairs; 0: all")
     parser.add_argument("--seed", type=int, default=1, help="seed of the sample (default 1)")

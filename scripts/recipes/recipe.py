@@ -198,9 +198,8 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged = {}
     for size in (*base, *(size for size in own if size not in base)):
         first, second = base.get(size) or {}, own.get(size) or {}
-        added = {
-            key: {**(first.get(key) or {}), **(second.get(key) or {})} for key in ("options", "evaluation", "flags")
-        }
+        adding = ("options", "evaluation", "flags")
+        added = {key: {**(first.get(key) or {}), **(second.get(key) or {})} for key in adding}
         rest = {key: second.get(key, first.get(key) if key == "seeds" else None) for key in ("methods", "seeds")}
         merged[size] = {**added, **{key: value for key, value in rest.items() if value}}
     return merged

@@ -137,11 +137,8 @@ def test_fairseq_takes_every_setting(name, size, tmp_path):
 def test_every_setting_of_the_paper_has_a_source(name):
     recipe = read_recipe(name, "paper")
     base = recipe.methods[recipe.baseline]
-    wanted = {
-        *recipe.options,
-        *recipe.evaluation,
-        *(flag for flag in base if flag not in PLUMBING and flag != "optimizer"),
-    }
+    flags = {flag for flag in base if flag not in PLUMBING and flag != "optimizer"}
+    wanted = {*recipe.options, *recipe.evaluation, *flags}
     assert wanted <= recipe.sources.keys(), sorted(wanted - recipe.sources.keys())
     assert set(recipe.methods) - {recipe.baseline} <= recipe.sources.keys()
 
