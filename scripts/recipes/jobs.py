@@ -27,6 +27,7 @@ class Job:
         seed: of the run.
         out: folder of all runs.
         cpu: whether to train on the CPU even where there is a GPU.
+        until: last epoch of a run that is only the beginning of others; None for a row of the table.
     """
 
     recipe: Recipe
@@ -34,11 +35,27 @@ class Job:
     seed: int
     out: Path
     cpu: bool = False
+    until: int | None = None
 
     @property
     def flags(self) -> Flags:
         """fairseq-train's flags, without those of folders, logs and the seed."""
-        return dict(self.recipe.methods[self.method])
+        flags = dict(self.recipe.methods[self.method])
+        return flags if self.until is None else {**flags, "max-epoch": self.until, "keep-last-epochs": 1}
+
+    @property
+    def start(self) -> "Job | None":
+        """The run of the base optimizer that this one begins with, if the recipe shares one; see ``start.py``.
+
+        The baseline runs on its own: fairseq makes other batches after a resume, which only our runs are spared.
+        """
+        starts = [int(flags["sam-start-epoch"]) for flags in self.recipe.methods.values() if "sam-start-epoch" in flags]
+        last = min(starts, default=1) - 1
+        own = int(self.flags.get("max-epoch", 0)) - int(self.flags.get("keep-last-epochs", 0))  # epochs not averaged
+        is_plain = self.method == self.recipe.baseline
+        if not self.recipe.shared_start or is_plain or not 1 <= last <= own:
+            return None
+        return Job(self.recipe, self.recipe.baseline, self.seed, self.out, self.cpu, until=last)
 
     @cached_property
     def data(self) -> Path:
@@ -71,6 +88,12 @@ class Job:
         """The command that scores the run."""
         words = [sys.executable, "-m", "scripts.recipes.evaluations", str(self.run)]
         return [*words, *(["--cpu"] if self.cpu else [])]
+
+    def commands(self) -> list[list[str]]:
+        """All commands of the job, in their order."""
+        begin = [sys.executable, "-m", "scripts.recipes.start"]
+        first = [[*begin, str(self.start.run), str(self.run), str(self.flags["optimizer"])]] if self.start else []
+        return [*first, self.training(), *([self.evaluation()] if self.until is None else [])]
 
     def write_settings(self) -> None:
         """Write down what the evaluation needs to know."""

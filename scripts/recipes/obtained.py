@@ -33,6 +33,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def record_job(job: Job, tables: Sequence[Path]) -> None:
     """Put the row of a finished job into the tables, in place of one for the same method and seed."""
+    if job.until is not None:
+        return
     kept = job.run / ROW
     if not kept.exists():  # as it was when the run ended, also for a later table
         kept.write_text(json.dumps(_measured(job), indent=1) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ The file has these keys; ``extends`` names another recipe's folder, whose keys a
 ``flags``       fairseq-train's flags of all methods, without dashes; ``true`` for a flag without a value
 ``methods``     by name of the table's row, the flags of the method; the first is the baseline
 ``seeds``       seeds of the runs
+``shared_start``  ``true``: the epochs before ``sam-start-epoch`` are run once for all methods of a seed
 ``sizes``       ``mini`` and ``paper``: ``options``, ``evaluation``, ``flags``, ``methods`` (flags by method) and
                 ``seeds`` that differ
 ``sources``     where a setting is from, by flag, option or method
@@ -32,7 +33,7 @@ EXAMPLES = ROOT / "examples"
 FILE = "recipe.yaml"
 KEYS = {
     "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "evaluation", "flags", "methods", "seeds",
-    "sizes", "sources",
+    "shared_start", "sizes", "sources",
 }  # fmt: skip
 SIZE_KEYS = {"options", "evaluation", "flags", "methods", "seeds"}
 
@@ -79,6 +80,7 @@ class Recipe:
         evaluation: what the evaluation needs to know.
         methods: fairseq-train's flags by method, those of all methods included.
         sources: where settings are from.
+        shared_start: whether the epochs before the start epoch are run once for all methods.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Recipe:
     methods: Mapping[str, Flags]
     seeds: Sequence[int]
     sources: Mapping[str, str] = field(default_factory=dict)
+    shared_start: bool = False
 
     @property
     def baseline(self) -> str:
@@ -145,6 +148,7 @@ def read_recipe(folder: str | Path, size: str) -> Recipe:
         },
         seeds=list(changes.get("seeds") or content.get("seeds") or [1]),
         sources=content.get("sources") or {},
+        shared_start=bool(content.get("shared_start")),
     )
 
 

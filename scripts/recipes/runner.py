@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.recipes.jobs import Job, data_folder, progress_of
+from scripts.recipes.jobs import SCORES, Job, data_folder, progress_of
 from scripts.recipes.obtained import record_job, write_significance
 from scripts.recipes.recipe import ROOT, Recipe, command_line
 
@@ -64,11 +64,13 @@ def run_table(
         for method in methods or recipe.methods
     ]
     if dry_run:
-        for command in (_preparation(recipe, data, out), *(command for job in jobs for command in _commands(job))):
+        every = [*_starts(jobs), *jobs]
+        for command in (_preparation(recipe, data, out), *(command for job in every for command in job.commands())):
             print(shlex.join(command))
         return
     _prepare(recipe, data, out)
     tables = [out / recipe.name / recipe.size / "obtained.tsv", *([recipe.folder / "obtained.tsv"] if record else [])]
+    _Runs(_starts(jobs), num_jobs or num_gpus or 1, num_gpus, []).run()
     _Runs(jobs, num_jobs or num_gpus or 1, num_gpus, tables).run()
     write_significance(recipe, jobs, tables)
     print(f"written: {', '.join(map(str, tables))}")
@@ -92,8 +94,15 @@ def _prepare(recipe: Recipe, data: Path, out: Path) -> None:
     done.touch()
 
 
-def _commands(job: Job) -> list[list[str]]:
-    return [job.training(), job.evaluation()]
+def _starts(jobs: Sequence[Job]) -> list[Job]:
+    """The runs that unfinished jobs begin with, each once."""
+    starts = [job.start for job in jobs if job.scores is None]
+    return list({start.run: start for start in starts if start is not None}.values())
+
+
+def _outcome(job: Job) -> str:
+    metric = job.recipe.metric.name
+    return f"{metric} {job.scores[metric]:.4g}" if job.scores else f"the first {job.until} epochs are done"
 
 
 class _Runs:
@@ -122,7 +131,10 @@ class _Runs:
                 record_job(job, self._tables)
         waiting = [job for job in self._jobs if job.scores is None]
         total, failed = len(self._jobs), []
-        print(f"{total} runs, {total - len(waiting)} of them done", flush=True)
+        if not total:
+            return
+        kind = "shared beginnings" if self._jobs[0].until is not None else "runs"
+        print(f"{total} {kind}, {total - len(waiting)} of them done", flush=True)
         with ThreadPoolExecutor(self._num_jobs) as pool:
             futures: dict[Future[None], Job] = {pool.submit(self._run_job, job): job for job in waiting}
             try:
@@ -132,7 +144,7 @@ class _Runs:
                         job = futures.pop(future)
                         if future.exception() is None:
                             record_job(job, self._tables)
-                            self._show(job, f"{job.recipe.metric.name} {job.scores[job.recipe.metric.name]:.4g}")  # type: ignore[index]
+                            self._show(job, _outcome(job))
                         else:
                             failed.append(f"{job.method}, seed {job.seed}: {future.exception()}")
                             self._show(job, "failed")
@@ -153,8 +165,10 @@ class _Runs:
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(self._threads)}
             if device is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = str(device)
-            for command in _commands(job):
+            for command in job.commands():
                 self._call(job, command, environment)
+            if job.until is not None:
+                (job.run / SCORES).write_text("{}\n", encoding="utf-8")
         finally:
             self._devices.put(device)
 

@@ -33,3 +33,20 @@ def write_ptb(folder: Path, num_lines: int = 60) -> None:
             " " + " ".join(rng.choice(OTHER + GOOD) for _ in range(rng.randint(3, 20))) + " \n" for _ in range(number)
         ]
         (folder / "ptb" / f"ptb.{name}.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def write_envi(folder: Path, num_train: int = 120) -> None:
+    """Pairs of the demo's grammar under the names of IWSLT'15 En-Vi."""
+    from grammar import sentence_pairs  # the demo's, on the path through tests.adapter.runs
+
+    place = folder / "iwslt15_envi"
+    place.mkdir(parents=True, exist_ok=True)
+    pairs = sentence_pairs(num_train + 20, seed=3)
+    splits = {
+        "train": pairs[:num_train],
+        "tst2012": pairs[num_train : num_train + 10],
+        "tst2013": pairs[num_train + 10 :],
+    }
+    for name, part in splits.items():
+        for language, lines in zip(("en", "vi"), zip(*part, strict=True), strict=True):
+            (place / f"{name}.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -7,20 +7,27 @@ import pytest
 
 pytest.importorskip("fairseq", reason="recipes run fairseq's commands")
 
-from scripts.recipes.jobs import LOG, Job, data_folder, log_lines, progress_of, training_summary
+from scripts.recipes.jobs import LOG, SCORES, SETTINGS, Job, data_folder, log_lines, progress_of, training_summary
 from scripts.recipes.obtained import read_rows
 from scripts.recipes.recipe import EXAMPLES, ROOT, read_recipe
 from scripts.recipes.runner import RunError, run_table
+from tests.adapter import runs
 from tests.recipes import corpora
 
 SMALL = {
     "ga_sam_table1_imdb": "{num_words: 60, num_train: 40, num_valid: 16, num_test: 20}",
     "ga_sam_table1_ptb": "{num_lines: 40}",
+    "ga_sam_table1_envi": "{num_train: 100}",
 }
 SIZES = {
     "ga_sam_table1_imdb": "{embed-dim: 8, num-filters: 4, max-epoch: 2, batch-size: 10}",
     "ga_sam_table1_ptb": (
         "{decoder-embed-dim: 8, decoder-hidden-size: 8, decoder-out-embed-dim: 8, max-epoch: 2, tokens-per-sample: 16}"
+    ),
+    "ga_sam_table1_envi": (
+        "{encoder-layers: 1, decoder-layers: 1, encoder-embed-dim: 8, decoder-embed-dim: 8, encoder-ffn-embed-dim: 8, "
+        "decoder-ffn-embed-dim: 8, encoder-attention-heads: 2, decoder-attention-heads: 2, max-tokens: 300, "
+        "max-epoch: 4, keep-last-epochs: 2}, evaluation: {average: 2}"
     ),
 }
 
@@ -30,6 +37,7 @@ def small(tmp_path, name, methods):
     data = tmp_path / "corpora"
     corpora.write_imdb(data)
     corpora.write_ptb(data)
+    corpora.write_envi(data)
     folder = tmp_path / f"small_{name}"
     folder.mkdir()
     rows = "\n".join(f"  {method}: {flags}" for method, flags in methods.items())
@@ -102,6 +110,28 @@ def test_perplexity(tmp_path):
     (row,) = read_rows(tmp_path / "out" / recipe.name / "mini" / "obtained.tsv")
     assert row["metric"] == "perplexity" and 1 < float(row["value"]) < 100
     assert (data_folder(recipe, tmp_path / "out") / "data-bin" / "dict.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_shared_beginning_changes_nothing(tmp_path):
+    """The epochs before the start epoch run once; the end is that of a run from its own beginning, bit for bit."""
+    method = "{optimizer: ga_sam, base-optimizer: adam, sam-epsilon: 1e-3, sam-start-epoch: 3}"
+    recipe, data = small(tmp_path, "ga_sam_table1_envi", {"Baseline": "{optimizer: adam}", "GA-SAM": method})
+    out = tmp_path / "out"
+    run_table(recipe, data=data, out=out, cpu=True, num_jobs=2, seeds=[1])
+    rows = {row["method"]: row for row in read_rows(out / recipe.name / "mini" / "obtained.tsv")}
+    assert {row["metric"] for row in rows.values()} == {"bleu"} and rows["GA-SAM"]["p_value"]
+    assert {row["epochs"] for row in rows.values()} == {"4"} and rows["Baseline"]["passes"] == "1.000"
+    assert rows["GA-SAM"]["passes"] == "1.500"  # two in the last half of the epochs
+    for name in recipe.methods:
+        job = Job(recipe, name, 1, out, cpu=True)
+        if name == "GA-SAM":
+            assert job.start.until == 2
+            assert sorted(path.name for path in job.start.run.glob("*.json")) == [SCORES, SETTINGS]
+        alone = ["--save-dir", str(tmp_path / name), "--log-file", str(tmp_path / f"{name}.log")]
+        subprocess.run([*job.training(), *alone], check=True, capture_output=True, cwd=ROOT)
+        found, expected = (runs.load(path / "checkpoint4.pt")["model"] for path in (job.run, tmp_path / name))
+        assert runs.same_bits(found, expected), name
 
 
 def test_missing_corpus_and_unknown_method(tmp_path):
