@@ -73,8 +73,9 @@ def convert_encoder(source: str | Path, output: str | Path, *, keep_pooler: bool
     order = sorted(range(len(symbols)), key=lambda number: _place(symbols[number], number))
     weights, left_out = _placed(read_weights(folder), config, folder)
     if config.kind == "roberta" or not keep_pooler:
-        left_out += [name for name in weights if name.startswith("pooler.")]
-        weights = {name: weight for name, weight in weights.items() if name not in left_out}
+        poolers = [name for name in weights if name.startswith("pooler.")]
+        weights = {name: weight for name, weight in weights.items() if name not in poolers}
+        left_out += poolers
     state = _as_fairseq_has_them(weights, config, order)
     flags = model_flags(config, tied=HEAD + ".weight" not in state)
 
@@ -86,8 +87,9 @@ def convert_encoder(source: str | Path, output: str | Path, *, keep_pooler: bool
     tokenizer.save(str(output / "tokenizer.json"))
     (output / "model_flags.txt").write_text(" ".join(flags) + "\n", encoding="utf-8")
     checkpoint, initialized = _checkpoint(state, flags, dictionary, output.resolve())
-    torch.save(checkpoint, output / "model.pt")
-    return Conversion(flags, sum(weight.numel() for weight in state.values()), left_out, initialized)
+    torch.save(checkpoint, output / "model.pt.tmp")
+    (output / "model.pt.tmp").replace(output / "model.pt")
+    return Conversion(flags, sum(weight.numel() for weight in state.values()), sorted(left_out), sorted(initialized))
 
 
 def _place(symbol: str, number: int) -> tuple[int, int]:
@@ -192,7 +194,7 @@ def _placed(weights: dict[str, Tensor], config: EncoderConfig, folder: Path) -> 
                 f"{name} in {folder} is of shape {tuple(weight.shape)}, but {shape} by config.json: take both from one "
                 "model"
             )
-        if not (plain.endswith("decoder.bias") and place in placed):  # another name of the same bias
+        if place not in placed or plain.endswith("decoder.bias"):  # what is added; the other is its older name
             placed[place] = weight.float()
     _refuse_missing(placed, places, folder)
     return placed, left_out
