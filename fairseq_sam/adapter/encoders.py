@@ -44,7 +44,8 @@ def convert_encoder(source: str | Path, output: str | Path, *, keep_pooler: bool
     ``dict.txt`` names the tokens so that each keeps its embedding, with fairseq's special symbols for BERT's: ``<s>``
     for ``[CLS]``, ``</s>`` for ``[SEP]``, ``<pad>``, ``<unk>``, ``<mask>``. RoBERTa becomes fairseq's ``roberta``, its
     one segment embedding added to those of the positions. BERT becomes ``bert``, and so does a RoBERTa whose layer
-    norms have another epsilon than fairseq's 1e-5. The checkpoint's task is ``masked_lm``.
+    norms have another epsilon than fairseq's 1e-5. The checkpoint's task is ``masked_lm``, and fairseq's interface of
+    RoBERTa reads the folder: ``BertModel.from_pretrained(folder)``, with ``tokenizer_file=…`` where it was moved.
 
     Args:
         source: folder of the model, or ``package:NAME`` for the one in an installed Python package.

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -323,7 +324,7 @@ def _byte_pairs(folder: Path, options: dict[str, Any]) -> "Tokenizer":
     return tokenizer
 
 
-def _refuse_without(special: Any, vocabulary: dict[str, Any], path: Path) -> None:
+def _refuse_without(special: Iterable[str], vocabulary: dict[str, Any], path: Path) -> None:
     missing = [token for token in special if token not in vocabulary]
     if missing:
         raise ConfigurationError(f"{path} lacks {' '.join(missing)}: take the vocabulary that belongs to the model")

@@ -344,6 +344,18 @@ def test_hub_interface(kind, folders):
     assert len(filled) == 3
 
 
+def test_folder_that_was_moved(folders, tmp_path):
+    moved = shutil.copytree(folders["bert"].converted, tmp_path / "moved")
+    (moved / "tokenizer.json").rename(moved / "another.json")
+    with runs.quiet():
+        hub = BertModel.from_pretrained(str(moved), tokenizer_file=str(moved / "another.json"))
+    assert (hub.cfg.task.data, hub.cfg.bpe.tokenizer_file) == (str(moved), str(moved / "another.json"))
+    assert (
+        hub.encode("a gimol").tolist()
+        == tokens_of(hub.task.source_dictionary, folders["bert"].bpe, ["a gimol"], " ").tolist()
+    )
+
+
 # -- checkpoint and training ------------------------------------------------------------------------------------------
 
 
