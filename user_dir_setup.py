@@ -48,8 +48,13 @@ TORCH_VERSION = "2.13.0"
 BUILD_REQUIREMENTS = ("setuptools>=77", "wheel", "cython", "numpy")
 # fairseq 0.12.2 asks for omegaconf 2.0, whose metadata pip 24.1 and newer refuse.
 BUILD_REQUIREMENTS_PYTHON_3_10 = ("pip<24.1",)
-SHOWN_PACKAGES = ("hydra-core", "omegaconf", "numpy", "sacrebleu", "sacremoses", "sentencepiece", "subword-nmt")
-TEST_PACKAGES = ("fairscale", "pytest", "pytest-xdist", "hypothesis", "pytorch_optimizer", "ruff", "mypy")
+SHOWN_PACKAGES = (
+    "hydra-core", "omegaconf", "numpy", "sacrebleu", "sacremoses", "scipy", "scikit-learn", "sentencepiece",
+    "subword-nmt", "safetensors", "tokenizers", "PyYAML",
+)  # fmt: skip
+TEST_PACKAGES = (
+    "fairscale", "pytest", "pytest-xdist", "hypothesis", "pytorch_optimizer", "ruff", "mypy", "transformers",
+)  # fmt: skip
 ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 
 NUM_STEPS = 6

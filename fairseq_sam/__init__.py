@@ -33,4 +33,8 @@ from fairseq_sam.core import PRESETS, InstanceBatch, Method, SharpnessAware, Wor
 __all__ = ["PRESETS", "InstanceBatch", "Method", "SharpnessAware", "WordEmbeddings", "__version__"]
 
 if importlib.util.find_spec("fairseq") is not None:
-    import fairseq_sam.adapter  # noqa: F401  registers the optimizers, wraps the training step
+    import fairseq_sam.adapter
+
+    # fairseq imports these itself, but not if the package was imported before it reads --user-dir.
+    import fairseq_sam.models.bert
+    import fairseq_sam.models.textcnn  # noqa: F401

@@ -14,7 +14,7 @@ from fairseq_sam.adapter import subwords  # noqa: F401  registers --bpe hugging_
 from fairseq_sam.adapter.errors import ConfigurationError
 
 
-class PositionsAndSegments(LearnedPositionalEmbedding):  # type: ignore[misc]
+class PositionsAndSegments(LearnedPositionalEmbedding):
     """Embeddings of positions, and of which of the texts in an input a token is in.
 
     A token's segment is the number of separators before it, at most the last segment: with two segments, 0 up to and
@@ -41,7 +41,7 @@ class PositionsAndSegments(LearnedPositionalEmbedding):  # type: ignore[misc]
 
 
 @register_model("bert")
-class BertModel(RobertaModel):  # type: ignore[misc]
+class BertModel(RobertaModel):
     """RoBERTa's encoder and heads, with segment embeddings and the epsilon of BERT's layer norms.
 
     Where a checkpoint holds BERT's pooler, a dense layer with tanh on the first token, it is the initial value of the
