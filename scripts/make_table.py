@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.recipes.obtained import read_rows  # noqa: E402
-from scripts.recipes.recipe import RecipeError, read_recipe, recipe_folders  # noqa: E402
+from scripts.recipes.recipe import RecipeError, column_names, read_recipe, recipe_folders  # noqa: E402
 from scripts.recipes.tables import FORMATS, cells, table_rows  # noqa: E402
 
 BEGIN, END = "<!-- table: made by scripts/make_table.py --readme -->", "<!-- end of table -->"
@@ -50,11 +50,15 @@ def main() -> None:
 
 
 def table(folder: str | Path, size: str, form: str, obtained: Path | None = None) -> str:
-    """One recipe's table, with a title where the format has room for it."""
-    recipe = read_recipe(folder, size)
-    rows = table_rows(recipe, obtained or recipe.folder / "obtained.tsv", recipe.folder / "expected.tsv")
-    title = f"{recipe.paper}: {recipe.title} (`--size {size}`)\n\n" if form == "markdown" else ""
-    return title + FORMATS[form](cells(rows, recipe.metric))
+    """One recipe's table, a part for each of its columns, with titles where the format has room for them."""
+    parts = []
+    for column in column_names(folder, size):
+        recipe = read_recipe(folder, size, column)
+        rows = table_rows(recipe, obtained or recipe.folder / "obtained.tsv", recipe.folder / "expected.tsv")
+        named = f", {column}" if column else ""
+        title = f"{recipe.paper}: {recipe.title}{named} (`--size {size}`)\n\n" if form == "markdown" else ""
+        parts.append(title + FORMATS[form](cells(rows, recipe.metric)))
+    return "\n".join(parts)
 
 
 def write_readme(folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.recipes.recipe import RecipeError, read_recipe  # noqa: E402
+from scripts.recipes.recipe import RecipeError, column_names, read_recipe  # noqa: E402
 from scripts.recipes.runner import RunError, run_table  # noqa: E402
 
 NEARBY = ROOT.parent / "shared" / "data"
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=NEARBY, help=f"folder of the corpora; default {NEARBY}")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs; default ./runs")
     parser.add_argument("--methods", nargs="+", help="rows of the table; default all")
+    parser.add_argument("--columns", nargs="+", help="columns of the table (tasks, sampling rates); default all")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the recipe's")
     parser.add_argument("--jobs", type=int, help="runs at a time; default one for each GPU, or one on the CPU")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
@@ -36,9 +37,9 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the commands and leave")
     args = parser.parse_args()
     try:
-        recipe = read_recipe(args.recipe, args.size)
+        recipes = [read_recipe(args.recipe, args.size, c) for c in args.columns or column_names(args.recipe, args.size)]
         run_table(
-            recipe, data=args.data, out=args.out.resolve(), methods=args.methods, seeds=args.seeds, num_jobs=args.jobs,
+            recipes, data=args.data, out=args.out.resolve(), methods=args.methods, seeds=args.seeds, num_jobs=args.jobs,
             cpu=args.cpu, record=args.record, dry_run=args.dry_run,
         )  # fmt: skip
     except (RecipeError, RunError) as error:

@@ -6,21 +6,21 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from scripts.recipes.jobs import Job, training_summary
-from scripts.recipes.recipe import ROOT, Recipe
+from scripts.recipes.recipe import ROOT
 from scripts.recipes.significance import compare
 
 COLUMNS = [
-    "size", "method", "seed", "metric", "value", "valid", "p_value", "seconds", "updates", "epochs", "passes", "flags",
-    "versions", "hardware", "commit", "date",
+    "size", "column", "method", "seed", "metric", "value", "valid", "p_value", "seconds", "updates", "epochs", "passes",
+    "flags", "versions", "hardware", "commit", "date",
 ]  # fmt: skip
 ROW = "row.json"
-KEY = ("size", "method", "seed", "metric")
+KEY = ("size", "column", "method", "seed", "metric")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -28,7 +28,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
+        return [{**dict.fromkeys(COLUMNS, ""), **row} for row in csv.DictReader(file, delimiter="\t")]
 
 
 def record_job(job: Job, tables: Sequence[Path]) -> None:
@@ -39,7 +39,8 @@ def record_job(job: Job, tables: Sequence[Path]) -> None:
     if not kept.exists():  # as it was when the run ended, also for a later table
         kept.write_text(json.dumps(_measured(job), indent=1) + "\n", encoding="utf-8")
     row = json.loads(kept.read_text(encoding="utf-8"))
-    row |= {"size": job.recipe.size, "method": job.method, "seed": str(job.seed), "flags": _method_flags(job)}
+    row |= {"size": job.recipe.size, "column": job.recipe.column, "method": job.method, "seed": str(job.seed)}
+    row["flags"] = _method_flags(job)
     for table in tables:
         earlier = [each["p_value"] for each in read_rows(table) if _key(each) == _key(row)]
         _put(table, {"p_value": "".join(earlier), **row}, list(job.recipe.methods))
@@ -62,16 +63,18 @@ def _measured(job: Job) -> dict[str, str]:
     }
 
 
-def write_significance(recipe: Recipe, jobs: Sequence[Job], tables: Sequence[Path]) -> None:
+def write_significance(jobs: Sequence[Job], tables: Sequence[Path]) -> None:
     """Fill in the p-values of the comparisons that need the runs' outputs."""
     for job in jobs:
+        recipe = job.recipe
         baseline = Job(recipe, recipe.baseline, job.seed, job.out, job.cpu)
         p_value = None if job.method == recipe.baseline else compare(job, baseline)
         if p_value is None:
             continue
+        wanted = (recipe.size, recipe.column, job.method, str(job.seed), recipe.metric.name)
         for table in tables:
             for row in read_rows(table):
-                if _key(row) == (recipe.size, job.method, str(job.seed), recipe.metric.name):
+                if _key(row) == wanted:
                     _put(table, {**row, "p_value": f"{p_value:.4g}"}, list(recipe.methods))
 
 
@@ -118,10 +121,15 @@ def _put(table: Path, row: dict[str, str], order: list[str]) -> None:
     rows = {_key(each): each for each in read_rows(table)}
     rows[_key(row)] = row
     order = [*order, *(each["method"] for each in rows.values() if each["method"] not in order)]
+    columns = [each["column"] for each in rows.values()]
+
+    def place(each: Mapping[str, str]) -> tuple[str, int, int, int]:
+        return each["size"], columns.index(each["column"]), order.index(each["method"]), int(each["seed"])
+
     table.parent.mkdir(parents=True, exist_ok=True)
     partial = table.with_suffix(".part")
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(sorted(rows.values(), key=lambda r: (r["size"], order.index(r["method"]), int(r["seed"]))))
+        writer.writerows(sorted(rows.values(), key=place))
     partial.replace(table)

@@ -13,10 +13,12 @@ The file has these keys; ``extends`` names another recipe's folder, whose keys a
 ``evaluation``  what the evaluation needs to know, by name
 ``flags``       fairseq-train's flags of all methods, without dashes; ``true`` for a flag without a value
 ``methods``     by name of the table's row, the flags of the method; the first is the baseline
+``columns``     by name of the table's column (a task, a sampling rate), what differs: ``options``, ``evaluation``,
+                ``flags``, ``methods``, ``metric``; without it there is one column
 ``seeds``       seeds of the runs
 ``shared_start``  ``true``: the epochs before ``sam-start-epoch`` are run once for all methods of a seed
-``sizes``       ``mini`` and ``paper``: ``options``, ``evaluation``, ``flags``, ``methods`` (flags by method) and
-                ``seeds`` that differ
+``sizes``       ``mini`` and ``paper``: ``options``, ``evaluation``, ``flags``, ``methods`` (flags by method),
+                and ``seeds`` that differ, and ``columns``: those that the size has, default all, with what differs
 ``sources``     where a setting is from, by flag, option or method
 ==============  ====================================================================================================
 """
@@ -32,10 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 FILE = "recipe.yaml"
 KEYS = {
-    "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "evaluation", "flags", "methods", "seeds",
-    "shared_start", "sizes", "sources",
+    "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "evaluation", "flags", "methods",
+    "columns", "seeds", "shared_start", "sizes", "sources",
 }  # fmt: skip
-SIZE_KEYS = {"options", "evaluation", "flags", "methods", "seeds"}
+COLUMN_KEYS = {"options", "evaluation", "flags", "methods", "metric"}
+SIZE_KEYS = {*(COLUMN_KEYS - {"metric"}), "columns", "seeds"}
 
 Flags = dict[str, Any]
 
@@ -68,12 +71,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe at one size.
+    """One column of a recipe at one size.
 
     Attributes:
         name: the folder's name.
         folder: where it is.
         size: ``mini`` or ``paper``.
+        column: name of the table's column; empty where there is one only.
         prepare: the preparing script.
         evaluate: how a run is scored.
         options: what the preparation needs to know.
@@ -86,6 +90,7 @@ class Recipe:
     name: str
     folder: Path
     size: str
+    column: str
     title: str
     paper: str
     prepare: Path
@@ -104,52 +109,81 @@ class Recipe:
         return next(iter(self.methods))
 
 
-def read_recipe(folder: str | Path, size: str) -> Recipe:
-    """Read the recipe of a folder.
+def read_recipe(folder: str | Path, size: str, column: str = "") -> Recipe:
+    """Read a column of the recipe of a folder.
 
     Args:
         folder: the folder, or the name of one in ``examples``.
         size: ``mini`` or ``paper``.
+        column: one of ``column_names``; default the first.
 
     Raises:
         RecipeError: names the file, the key and what it may be.
     """
     place = _found(folder)
     content = _content(place)
-    sizes = content["sizes"]
-    if size not in sizes:
-        raise RecipeError(f"{place / FILE}: --size must be one of {', '.join(sizes)}, got {size!r}")
-    changes = sizes[size] or {}
-    unknown = sorted(set(changes) - SIZE_KEYS)
-    if unknown:
-        raise RecipeError(
-            f"{place / FILE}: sizes.{size} has {unknown[0]!r}; it may have {', '.join(sorted(SIZE_KEYS))}"
-        )
-    strangers = sorted(set(changes.get("methods") or {}) - set(content["methods"]))
-    if strangers:
-        raise RecipeError(
-            f"{place / FILE}: sizes.{size}.methods has {strangers[0]!r}, which is no method of the recipe"
-        )
-    shared = {**(content.get("flags") or {}), **(changes.get("flags") or {})}
-    own = changes.get("methods") or {}
+    columns = _column_names(place, content, size)
+    column = column or columns[0]
+    if column not in columns:
+        raise RecipeError(f"{place / FILE}: --columns must be among {', '.join(columns)}, got {column!r}")
+    # What counts more comes later: a size's own column over the column, that over the size, that over all.
+    at_size = content["sizes"][size] or {}
+    layers = [content, at_size, *((part.get("columns") or {}).get(column) or {} for part in (content, at_size))]
+    for layer, allowed in zip(layers[1:], (SIZE_KEYS, COLUMN_KEYS, COLUMN_KEYS), strict=True):
+        _check_layer(place, layer, allowed, content["methods"])
+
+    def merged(key: str) -> dict[str, Any]:
+        return {name: value for layer in layers for name, value in (layer.get(key) or {}).items()}
+
+    own = {name: [(layer.get("methods") or {}).get(name) or {} for layer in layers] for name in content["methods"]}
     return Recipe(
         name=place.name,
         folder=place,
         size=size,
+        column=column,
         title=content["title"],
         paper=content["paper"],
         prepare=Path(content["prepare"]),
         evaluate=content["evaluate"],
-        metric=Metric(**content["metric"]),
-        options={**(content.get("options") or {}), **(changes.get("options") or {})},
-        evaluation={**(content.get("evaluation") or {}), **(changes.get("evaluation") or {})},
+        metric=Metric(**merged("metric")),
+        options=merged("options"),
+        evaluation=merged("evaluation"),
         methods={
-            name: {**shared, **(flags or {}), **(own.get(name) or {})} for name, flags in content["methods"].items()
+            name: {**merged("flags"), **{flag: value for part in parts for flag, value in part.items()}}
+            for name, parts in own.items()
         },
-        seeds=list(changes.get("seeds") or content.get("seeds") or [1]),
+        seeds=list(at_size.get("seeds") or content.get("seeds") or [1]),
         sources=content.get("sources") or {},
         shared_start=bool(content.get("shared_start")),
     )
+
+
+def column_names(folder: str | Path, size: str) -> list[str]:
+    """The columns of a recipe's table at a size; one without a name where the recipe names none."""
+    place = _found(folder)
+    return _column_names(place, _content(place), size)
+
+
+def _column_names(place: Path, content: Mapping[str, Any], size: str) -> list[str]:
+    sizes = content["sizes"]
+    if size not in sizes:
+        raise RecipeError(f"{place / FILE}: --size must be one of {', '.join(sizes)}, got {size!r}")
+    named = content.get("columns") or {}
+    chosen = (sizes[size] or {}).get("columns")
+    unknown = sorted(set(chosen or {}) - set(named))
+    if unknown:
+        raise RecipeError(f"{place / FILE}: sizes.{size}.columns has {unknown[0]!r}, which is no column of the recipe")
+    return list(chosen if chosen is not None else named) or [""]
+
+
+def _check_layer(place: Path, layer: Mapping[str, Any], allowed: set[str], methods: Mapping[str, Any]) -> None:
+    unknown = sorted(set(layer) - allowed)
+    if unknown:
+        known = ", ".join(sorted(allowed))
+        raise RecipeError(f"{place / FILE}: a size or column has {unknown[0]!r}; it may have {known}")
+    strangers = sorted(set(layer.get("methods") or {}) - set(methods))
+    if strangers:
+        raise RecipeError(f"{place / FILE}: a size or column has the method {strangers[0]!r}, which the recipe has not")
 
 
 def recipe_folders() -> list[Path]:
@@ -198,12 +232,13 @@ def _content(place: Path) -> dict[str, Any]:
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes of both recipes; options and flags add up, methods are those of the recipe itself."""
+    """The sizes of both recipes; options and flags add up, methods and columns are those of the recipe itself."""
     merged = {}
     for size in (*base, *(size for size in own if size not in base)):
         first, second = base.get(size) or {}, own.get(size) or {}
         adding = ("options", "evaluation", "flags")
         added = {key: {**(first.get(key) or {}), **(second.get(key) or {})} for key in adding}
-        rest = {key: second.get(key, first.get(key) if key == "seeds" else None) for key in ("methods", "seeds")}
+        rest = {"seeds": second.get("seeds", first.get("seeds"))}
+        rest |= {key: second.get(key) for key in ("methods", "columns")}
         merged[size] = {**added, **{key: value for key, value in rest.items() if value}}
     return merged

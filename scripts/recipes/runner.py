@@ -27,7 +27,7 @@ class RunError(RuntimeError):
 
 
 def run_table(
-    recipe: Recipe,
+    recipes: Sequence[Recipe],
     *,
     data: Path,
     out: Path,
@@ -41,7 +41,7 @@ def run_table(
     """Prepare the data and run methods × seeds.
 
     Args:
-        recipe: the recipe.
+        recipes: the columns of one recipe at one size.
         data: folder of the corpora.
         out: folder of all runs.
         methods: rows of the table, default all.
@@ -54,25 +54,29 @@ def run_table(
     Raises:
         RunError: if a method is unknown, or commands failed; the others are finished first.
     """
-    unknown = sorted(set(methods or ()) - set(recipe.methods))
+    first = recipes[0]
+    unknown = sorted(set(methods or ()) - set(first.methods))
     if unknown:
-        raise RunError(f"--methods must be among {', '.join(recipe.methods)}, got {unknown[0]!r}")
+        raise RunError(f"--methods must be among {', '.join(first.methods)}, got {unknown[0]!r}")
     num_gpus = 0 if cpu else torch.cuda.device_count()
     jobs = [
         Job(recipe, method, seed, out, cpu=not num_gpus)
-        for seed in seeds or recipe.seeds
+        for seed in seeds or first.seeds
+        for recipe in recipes
         for method in methods or recipe.methods
     ]
     if dry_run:
         every = [*_starts(jobs), *jobs]
-        for command in (_preparation(recipe, data, out), *(command for job in every for command in job.commands())):
+        commands = [command for job in every for command in job.commands()]
+        for command in (*(_preparation(recipe, data, out) for recipe in recipes), *commands):
             print(shlex.join(command))
         return
-    _prepare(recipe, data, out)
-    tables = [out / recipe.name / recipe.size / "obtained.tsv", *([recipe.folder / "obtained.tsv"] if record else [])]
+    for recipe in recipes:
+        _prepare(recipe, data, out)
+    tables = [out / first.name / first.size / "obtained.tsv", *([first.folder / "obtained.tsv"] if record else [])]
     _Runs(_starts(jobs), num_jobs or num_gpus or 1, num_gpus, []).run()
     _Runs(jobs, num_jobs or num_gpus or 1, num_gpus, tables).run()
-    write_significance(recipe, jobs, tables)
+    write_significance(jobs, tables)
     print(f"written: {', '.join(map(str, tables))}")
 
 
@@ -196,7 +200,8 @@ class _Runs:
 
     def _show(self, job: Job, text: str) -> None:
         clock = timedelta(seconds=int(time.monotonic() - self._begin))
-        print(f"[{clock}] {job.recipe.name} {job.method}, seed {job.seed}: {text}", flush=True)
+        name = " ".join(part for part in (job.recipe.name, job.recipe.column, job.method) if part)
+        print(f"[{clock}] {name}, seed {job.seed}: {text}", flush=True)
 
     def _report(self, num_done: int, total: int) -> None:
         with self._lock:

@@ -46,25 +46,27 @@ class Row:
         return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
 
 
-def read_expected(path: Path) -> dict[str, tuple[float, float]]:
-    """The paper's mean and standard deviation by method, from ``expected.tsv``."""
+def read_expected(path: Path, column: str = "") -> dict[str, tuple[float, float]]:
+    """The paper's mean and standard deviation by method, from the rows of a column in ``expected.tsv``."""
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    return {row["method"]: (float(row["mean"]), float(row["std"] or "nan")) for row in rows}
+    own = [row for row in rows if row.get("column", "") == column]
+    return {row["method"]: (float(row["mean"]), float(row["std"] or "nan")) for row in own}
 
 
 def table_rows(recipe: Recipe, obtained: Path, expected: Path) -> list[Row]:
-    """Rows of the table, in the recipe's order; methods that are only in the paper come last.
+    """Rows of one column of the paper's table, in the recipe's order; methods that are only in the paper come last.
 
     Args:
-        recipe: the recipe at one size.
+        recipe: one column of the recipe at one size.
         obtained: file of runs.
         expected: file of the paper's figures.
     """
-    runs = [r for r in read_rows(obtained) if r["size"] == recipe.size and r["metric"] == recipe.metric.name]
-    paper = read_expected(expected)
+    wanted = {"size": recipe.size, "column": recipe.column, "metric": recipe.metric.name}
+    runs = [row for row in read_rows(obtained) if wanted.items() <= row.items()]
+    paper = read_expected(expected, recipe.column)
     values = {
         method: {int(row["seed"]): float(row["value"]) for row in runs if row["method"] == method}
         for method in (*recipe.methods, *(method for method in paper if method not in recipe.methods))

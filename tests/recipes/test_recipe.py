@@ -12,7 +12,7 @@ import fairseq_sam.models.textcnn  # noqa: F401
 from fairseq_sam.adapter.config import check_config
 from scripts.recipes.evaluations import EVALUATIONS
 from scripts.recipes.jobs import Job, data_folder
-from scripts.recipes.recipe import EXAMPLES, RecipeError, command_line, read_recipe, recipe_folders
+from scripts.recipes.recipe import EXAMPLES, RecipeError, column_names, command_line, read_recipe, recipe_folders
 from tests.adapter import runs
 
 RECIPES = [path.name for path in recipe_folders()]
@@ -58,6 +58,28 @@ def test_sizes_change_options_flags_and_methods(tmp_path):
     assert paper.methods["SAM"]["sam-epsilon"] == 0.1 and paper.methods["Baseline"]["dropout"] == 0.5
 
 
+COLUMNS = """
+columns:
+  One: {options: {task: one}, metric: {name: f1}}
+  Two: {options: {task: two}, flags: {lr: 5e-4}, methods: {SAM: {sam-epsilon: 0.7}}}
+"""
+
+
+def test_columns_differ_from_what_is_shared(tmp_path):
+    text = TEXT.replace("paper: {}", "paper: {columns: {Two: {flags: {lr: 9e-9}}}}") + COLUMNS
+    folder = write(tmp_path, text)
+    assert column_names(folder, "mini") == ["One", "Two"] and column_names(folder, "paper") == ["Two"]
+    one, two, paper = (read_recipe(folder, *which) for which in (("mini", "One"), ("mini", "Two"), ("paper",)))
+    assert (one.column, one.options, one.metric.name) == ("One", {"length": 3, "task": "one"}, "f1")
+    assert (two.options["task"], two.metric.name, two.methods["SAM"]["sam-epsilon"]) == ("two", "accuracy", 0.7)
+    assert (two.methods["SAM"]["lr"], paper.methods["SAM"]["lr"], paper.column) == ("5e-4", "9e-9", "Two")
+    assert data_folder(one, tmp_path) != data_folder(two, tmp_path)
+    with pytest.raises(RecipeError, match="--columns must be among One, Two, got 'Three'"):
+        read_recipe(folder, "mini", "Three")
+    with pytest.raises(RecipeError, match=r"sizes\.paper\.columns has 'Six', which is no column"):
+        read_recipe(write(tmp_path, text.replace("{Two: {flags", "{Six: {flags")), "paper")
+
+
 def test_another_table_on_the_same_data_shares_runs(tmp_path):
     first = write(tmp_path / "one", TEXT)
     other = write(
@@ -82,8 +104,8 @@ def test_another_table_on_the_same_data_shares_runs(tmp_path):
         (("title:", "titel:"), "has 'titel'; the keys are"),
         (("prepare: prepare.py\n", ""), "needs the key 'prepare'"),
         (("{name: accuracy}", "{name: accuracy, better: larger}"), "higher or lower, got 'larger'"),
-        (("{options: {length: 3}", "{option: {length: 3}"), "sizes.mini has 'option'; it may have"),
-        (("methods: {SAM: {", "methods: {SMA: {"), "sizes.mini.methods has 'SMA'"),
+        (("{options: {length: 3}", "{option: {length: 3}"), "has 'option'; it may have"),
+        (("methods: {SAM: {", "methods: {SMA: {"), "has the method 'SMA', which the recipe has not"),
     ],
 )
 def test_mistakes_are_named(tmp_path, change, message):
@@ -126,11 +148,12 @@ def test_command_lines():
 @pytest.mark.parametrize("name", RECIPES)
 def test_fairseq_takes_every_setting(name, size, tmp_path):
     """fairseq-train's own parser and the plugin's checks, for each method."""
-    recipe = read_recipe(name, size)
-    assert recipe.evaluate in EVALUATIONS and recipe.prepare.is_file() and recipe.seeds
-    for method in recipe.methods:
-        command = Job(recipe, method, 1, tmp_path, cpu=True).training()
-        check_config(runs.configuration(command[command.index("fairseq_cli.train") + 1 :]))
+    for column in column_names(name, size):
+        recipe = read_recipe(name, size, column)
+        assert recipe.evaluate in EVALUATIONS and recipe.prepare.is_file() and recipe.seeds
+        for method in recipe.methods:
+            command = Job(recipe, method, 1, tmp_path, cpu=True).training()
+            check_config(runs.configuration(command[command.index("fairseq_cli.train") + 1 :]))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -154,7 +177,9 @@ def test_the_paper_s_figures_are_the_paper_s(name):
     """Each row of expected.tsv stands in the line of the paper that it names."""
     with (EXAMPLES / name / "expected.tsv").open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    assert rows and {row["method"] for row in rows} >= set(read_recipe(name, "paper").methods)
+    methods, columns = read_recipe(name, "paper").methods, column_names(name, "paper")
+    wanted = {(column, method) for column in columns for method in methods}
+    assert rows and {(row.get("column", ""), row["method"]) for row in rows} >= wanted
     if not PAPERS.is_dir():
         pytest.skip("the papers' texts are not beside the project")
     for row in rows:

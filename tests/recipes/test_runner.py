@@ -58,7 +58,7 @@ IMDB = {
 def test_a_table_from_data_to_rows(tmp_path, capsys, monkeypatch):
     recipe, data = small(tmp_path, "ga_sam_table1_imdb", IMDB)
     out = tmp_path / "out"
-    run_table(recipe, data=data, out=out, cpu=True, num_jobs=2)
+    run_table([recipe], data=data, out=out, cpu=True, num_jobs=2)
     table = out / recipe.name / "mini" / "obtained.tsv"
     rows = read_rows(table)
     assert [(row["method"], row["seed"]) for row in rows if row["method"] == "GA-SAM"] == [
@@ -76,7 +76,7 @@ def test_a_table_from_data_to_rows(tmp_path, capsys, monkeypatch):
 
     content = table.read_text()
     monkeypatch.setattr(subprocess, "Popen", None)  # nothing is run again
-    run_table(recipe, data=data, out=out, cpu=True)
+    run_table([recipe], data=data, out=out, cpu=True)
     assert table.read_text() == content and "4 runs, 4 of them done" in capsys.readouterr().out
 
 
@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on_and_a_failed_one_is_named(tmp_path):
     recipe, data = small(tmp_path, "ga_sam_table1_imdb", methods)
     out = tmp_path / "out"
     with pytest.raises(RunError, match=r"(?s)1 of 2 .*Wrong, seed 1: status 2: .*\(--sam-norm\) must be l2"):
-        run_table(recipe, data=data, out=out, cpu=True, seeds=[1])
+        run_table([recipe], data=data, out=out, cpu=True, seeds=[1])
     job = Job(recipe, "Baseline", 1, out, cpu=True)
     whole = training_summary(job.run)
     assert job.scores is not None and whole["updates"] == 8
@@ -97,7 +97,7 @@ def test_a_stopped_run_goes_on_and_a_failed_one_is_named(tmp_path):
     first = (again.run / LOG).read_text()
     share, text = progress_of(again.run, again.flags)
     assert share == 0.5 and text.startswith("epoch 1/2, loss ")
-    run_table(recipe, data=data, out=out, cpu=True, methods=["Baseline"], seeds=[2])
+    run_table([recipe], data=data, out=out, cpu=True, methods=["Baseline"], seeds=[2])
     assert (again.run / LOG).read_text().startswith(first), "the log goes on"
     assert [line["epoch"] for line in log_lines(again.run) if "train_loss" in line] == [1, 2], "no epoch runs twice"
     assert training_summary(again.run)["updates"] == 8
@@ -106,7 +106,7 @@ def test_a_stopped_run_goes_on_and_a_failed_one_is_named(tmp_path):
 @pytest.mark.slow
 def test_perplexity(tmp_path):
     recipe, data = small(tmp_path, "ga_sam_table1_ptb", {"Baseline": "{optimizer: sgd}"})
-    run_table(recipe, data=data, out=tmp_path / "out", cpu=True, seeds=[1])
+    run_table([recipe], data=data, out=tmp_path / "out", cpu=True, seeds=[1])
     (row,) = read_rows(tmp_path / "out" / recipe.name / "mini" / "obtained.tsv")
     assert row["metric"] == "perplexity" and 1 < float(row["value"]) < 100
     assert (data_folder(recipe, tmp_path / "out") / "data-bin" / "dict.txt").exists()
@@ -118,7 +118,7 @@ def test_a_shared_beginning_changes_nothing(tmp_path):
     method = "{optimizer: ga_sam, base-optimizer: adam, sam-epsilon: 1e-3, sam-start-epoch: 3}"
     recipe, data = small(tmp_path, "ga_sam_table1_envi", {"Baseline": "{optimizer: adam}", "GA-SAM": method})
     out = tmp_path / "out"
-    run_table(recipe, data=data, out=out, cpu=True, num_jobs=2, seeds=[1])
+    run_table([recipe], data=data, out=out, cpu=True, num_jobs=2, seeds=[1])
     rows = {row["method"]: row for row in read_rows(out / recipe.name / "mini" / "obtained.tsv")}
     assert {row["metric"] for row in rows.values()} == {"bleu"} and rows["GA-SAM"]["p_value"]
     assert {row["epochs"] for row in rows.values()} == {"4"} and rows["Baseline"]["passes"] == "1.000"
@@ -137,7 +137,7 @@ def test_a_shared_beginning_changes_nothing(tmp_path):
 def test_missing_corpus_and_unknown_method(tmp_path):
     recipe, _ = small(tmp_path, "ga_sam_table1_imdb", IMDB)
     with pytest.raises(RunError, match="--methods must be among Baseline, GA-SAM, got 'SAM'"):
-        run_table(recipe, data=tmp_path, out=tmp_path / "out", methods=["SAM"], cpu=True)
+        run_table([recipe], data=tmp_path, out=tmp_path / "out", methods=["SAM"], cpu=True)
     command = [sys.executable, ROOT / "scripts/run_table.py", recipe.folder, "--data", tmp_path / "none"]
     done = subprocess.run([*command, "--out", tmp_path / "out"], capture_output=True, text=True)
     assert done.returncode == 1 and "none/imdb has neither train.tsv nor train.tsv.xz; --data must name" in done.stderr
@@ -145,7 +145,7 @@ def test_missing_corpus_and_unknown_method(tmp_path):
 
 def test_a_dry_run_prints_commands(tmp_path, capsys):
     recipe, data = small(tmp_path, "ga_sam_table1_imdb", IMDB)
-    run_table(recipe, data=data, out=tmp_path / "out", cpu=True, dry_run=True)
+    run_table([recipe], data=data, out=tmp_path / "out", cpu=True, dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 2 * 4 and "prepare.py" in lines[0] and not (tmp_path / "out").exists()
     assert sum("--optimizer ga_sam" in line for line in lines) == 2

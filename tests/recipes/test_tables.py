@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from scipy import stats
@@ -61,6 +62,23 @@ def test_other_sizes_do_not_count_and_a_bootstrap_goes_first(tmp_path):
     assert rows["SAM"].p_value == 0.25 and rows["SAM"].values == {1: 81.0, 2: 82.5, 3: 81.25}
     mini = table_rows(read_recipe("ga_sam_table1_imdb", "mini"), path, tmp_path / "none.tsv")
     assert all(not row.values and math.isnan(row.mean) for row in mini)
+
+
+def test_columns_have_tables_of_their_own(tmp_path):
+    recipe = replace(read_recipe("ga_sam_table1_imdb", "mini"), column="RTE")
+    path = write_rows(tmp_path / "obtained.tsv", SCORES)
+    assert not any(row.values for row in table_rows(recipe, path, recipe.folder / "expected.tsv"))
+    lines = path.read_text().splitlines()
+    place = COLUMNS.index("column")
+    rows = [line.split("\t") for line in lines]
+    for row in rows[1:]:
+        row[place] = "RTE"
+    path.write_text("\n".join("\t".join(row) for row in rows) + "\n")
+    (tmp_path / "expected.tsv").write_text(
+        "column\tmethod\tmean\tstd\tsource\nRTE\tSAM\t70.5\t\tx:1\nCB\tSAM\t1\t\tx:1\n"
+    )
+    found = {row.method: row for row in table_rows(recipe, path, tmp_path / "expected.tsv")}
+    assert len(found["SAM"].values) == 3 and found["SAM"].expected[0] == 70.5
 
 
 def test_formats(table):
