@@ -1,0 +1,1 @@
+"""Recipes of the papers' tables: settings, runs, scores, tables."""
