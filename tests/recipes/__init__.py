@@ -1,0 +1,1 @@
+"""Recipes: preparation, runs, scores, tables."""
