@@ -14,7 +14,9 @@ Examples:
 """
 
 import argparse
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +73,8 @@ def show(split: str, part: glue.Prepared) -> None:
 def main() -> None:
     """Command line."""
     args = parser().parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     task = glue.TASKS[args.task]
     named = {split: path for split in SPLITS if (path := getattr(args, split)) is not None}
     try:

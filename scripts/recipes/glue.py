@@ -257,11 +257,14 @@ def find_files(
 def _missing(task: GlueTask, folder: Path, split: str) -> str:
     names = " or ".join(f"{name}.{task.ending}" for name in task.files[split])
     place = folder / task.name if (folder / task.name).is_dir() else folder
-    there = sorted(path.name for path in place.iterdir() if path.is_file()) if place.is_dir() else []
+    there = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+    content = f"it has {', '.join(there)}" if there else "it is empty or no folder"
     others = " ".join(name for name in task.files if name != split and find_file(task, folder, name))
     leave_out = f", or leave it out with --splits {others}" if others else ""
-    content = f"it has {', '.join(there)}" if there else "it is empty or no folder"
-    return f"{task.name}: {place} has no {names} (plain or .xz); {content}. Name a file with --{split} FILE{leave_out}"
+    return (
+        f"{task.name}: {place} has no {names} (plain or .xz) and no folder {task.name} with it; {content}. "
+        f"Name a file with --{split} FILE{leave_out}"
+    )
 
 
 class Contents(NamedTuple):

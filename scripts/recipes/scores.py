@@ -158,7 +158,7 @@ def bleu(hypotheses: Texts, references: Sequence[Texts], **options: Any) -> dict
     Returns:
         ``bleu`` and sacrebleu's ``signature``.
     """
-    from sacrebleu.metrics import BLEU
+    from sacrebleu import BLEU
 
     _check_references(hypotheses, references)
     metric = BLEU(**options)
@@ -179,23 +179,25 @@ def bleu_significance(
         options: of sacrebleu's ``BLEU``.
 
     Returns:
-        ``bleu`` and ``baseline_bleu``; ``p``: how likely a difference of this size is by chance; ``mean`` and
-        ``interval``: mean and half width of the 95 % interval of the system's BLEU; ``signature``.
+        ``bleu`` and ``baseline_bleu``; ``p``: how likely a difference of this size is by chance, 1 if all texts are the
+        same; ``mean`` and ``interval``: mean and half width of the 95 % interval of the system's BLEU; ``signature``.
     """
-    from sacrebleu.metrics import BLEU
+    from sacrebleu import BLEU
     from sacrebleu.significance import PairedTest
 
     _check_references(hypotheses, references)
     check_lengths(hypotheses=hypotheses, baseline=baseline)
     if samples < 1:
         raise ValueError(f"samples must be >= 1, got {samples}")
-    systems = [("baseline", list(baseline)), ("system", list(hypotheses))]
+    systems: list[Any] = [("baseline", list(baseline)), ("system", list(hypotheses))]
     wanted = [list(each) for each in references]
     test: Any = PairedTest(systems, {"BLEU": BLEU(**options)}, references=wanted, test_type="bs", n_samples=samples)
     signatures, results = test()
     first, second = results["BLEU"]
+    # sacrebleu counts the samples that differ by more than the systems do, which here none can.
+    p = 1.0 if list(hypotheses) == list(baseline) else float(second.p_value)
     return {
-        "bleu": float(second.score), "baseline_bleu": float(first.score), "p": float(second.p_value),
+        "bleu": float(second.score), "baseline_bleu": float(first.score), "p": p,
         "mean": float(second.mean), "interval": float(second.ci), "signature": str(signatures["BLEU"]),
     }  # fmt: skip
 
