@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.recipes import glue
+from scripts.recipes.glue_tasks import find_words
 from tests.recipes import glue_files
 
 
@@ -211,9 +212,9 @@ def test_word_in_context():
 def test_words_are_found_near_their_place(text, words, index, start):
     if start is None:
         with pytest.raises(ValueError, match="the text does not have 'the'"):
-            glue.find_words(text, words, index)
+            find_words(text, words, index)
         return
-    begin, end = glue.find_words(text, words, index)
+    begin, end = find_words(text, words, index)
     assert begin == start
     assert text[begin:end].lower().split() == words.lower().split() or text[begin:end] == words.rstrip(".")
 

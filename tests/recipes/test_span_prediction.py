@@ -192,6 +192,5 @@ def test_folders_and_models_that_do_not_fit(folders, tmp_path):
         runs.build_trainer(folders["WiC"], *flags, "--num-classes", "3")
     with pytest.raises(ConfigurationError, match=r"is not prepared for --task span_prediction: it has no input0/"):
         runs.build_trainer(tmp_path, *flags)
-    lm = ["--arch", "transformer_lm", "--decoder-layers", "1", "--decoder-embed-dim", "16"]
-    with pytest.raises(ConfigurationError, match="--task span_prediction needs an encoder with heads"):
-        runs.build_trainer(folders["WiC"], *flags[: flags.index("--arch")], *lm, "--optimizer", "adam")
+    with pytest.raises(ConfigurationError, match="--task span_prediction needs an encoder with classification heads"):
+        runs.build_trainer(folders["WiC"], *flags[: flags.index("--arch")], "--arch", "transformer", *runs.TINY)

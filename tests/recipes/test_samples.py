@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.recipes.glue import sample, sample_size
+from scripts.recipes.samples import sample, sample_size
 
 ANSWERS = ["a"] * 90 + ["b"] * 9 + ["c"]
 
