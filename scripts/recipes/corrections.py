@@ -1,9 +1,10 @@
 """Scores of grammatical error correction: GLEU (JFLEG) and MaxMatch, also called M2 (CoNLL-2014).
 
 No maintained package has them: of GLEU there is one without an interface for programs, not touched since 2023; the
-MaxMatch scorer is no package; ERRANT, whose F0.5 is another score, needs a spaCy model that no package index has. So
-both are written from their papers; the tests compare them with values worked out by hand. On JFLEG, GLEU equals the
-figures that its authors publish for the uncorrected text (38.21 on dev, 40.54 on test).
+MaxMatch scorer is no package; ERRANT, whose F0.5 is another score, needs a spaCy model that is not on PyPI. So both are
+written from their papers, and count like the authors' scripts where the papers leave a choice open. The tests compare
+them with values worked out by hand. On JFLEG, GLEU gives the corpus's own figures for the uncorrected text (38.21 on
+dev, 40.54 on test).
 """
 
 import math
