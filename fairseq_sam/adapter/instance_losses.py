@@ -14,6 +14,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 )
 from fairseq.criterions.masked_lm import MaskedLmLoss
 from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
+from fairseq.criterions.sentence_ranking import SentenceRankingCriterion
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,13 +25,14 @@ InstanceLosses = Callable[[Any, Any, Any, Any], Tensor]
 class _Entry(NamedTuple):
     losses: InstanceLosses
     watched: Callable[[Any], nn.Module]
+    every_call: bool
 
 
 _REGISTRY: dict[type, _Entry] = {}
 
 
 def register_instance_losses(
-    criterion: type, watched: Callable[[Any], nn.Module] = lambda model: model
+    criterion: type, watched: Callable[[Any], nn.Module] = lambda model: model, every_call: bool = False
 ) -> Callable[[InstanceLosses], InstanceLosses]:
     """Register how a criterion's loss divides into those of the instances.
 
@@ -38,6 +40,7 @@ def register_instance_losses(
         criterion: the criterion's class. A subclass counts as well if it overrides neither ``forward`` nor
             ``compute_loss``.
         watched: from the model, the module whose output the function gets; default the model itself.
+        every_call: the criterion calls the module several times, and the function gets a list of all outputs.
 
     Returns:
         A decorator for a function of criterion, model, output and sample that returns the losses of the instances, a
@@ -53,7 +56,7 @@ def register_instance_losses(
     """
 
     def register(losses: InstanceLosses) -> InstanceLosses:
-        _REGISTRY[criterion] = _Entry(losses, watched)
+        _REGISTRY[criterion] = _Entry(losses, watched, every_call)
         return losses
 
     return register
@@ -87,7 +90,7 @@ def _entry_of(criterion: type) -> _Entry:
 
 
 class Captured:
-    """Output of the watched module's last call."""
+    """Output of the watched module's last call, or the outputs of all calls."""
 
     output: Any = None
     was_called = False
@@ -104,12 +107,13 @@ def capture_output(criterion: Any, model: nn.Module) -> Iterator[Captured]:
     Raises:
         ValueError: if the criterion's loss cannot be divided.
     """
-    captured = Captured()
+    captured, entry = Captured(), _entry_of(type(criterion))
 
     def record(module: nn.Module, arguments: Any, output: Any) -> None:
-        captured.output, captured.was_called = output, True
+        captured.output = [*(captured.output or ()), output] if entry.every_call else output
+        captured.was_called = True
 
-    handle = _entry_of(type(criterion)).watched(model).register_forward_hook(record)
+    handle = entry.watched(model).register_forward_hook(record)
     try:
         yield captured
     finally:
@@ -217,6 +221,14 @@ def _sentence_prediction(criterion: Any, model: Any, output: Any, sample: Any) -
         return functional.mse_loss(logits.view(-1).float(), target.float(), reduction="none")
     log_probs = functional.log_softmax(logits, dim=-1, dtype=torch.float32)
     return functional.nll_loss(log_probs, target, reduction="none")
+
+
+@register_instance_losses(SentenceRankingCriterion, every_call=True)
+def _sentence_ranking(criterion: Any, model: Any, outputs: Any, sample: Any) -> Tensor:
+    """One call of the model scores one choice of every instance."""
+    logits = torch.cat([output[0] for output in outputs], dim=1)
+    log_probs = functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return functional.nll_loss(log_probs, sample["target"].view(-1), reduction="none")
 
 
 def _by_row(losses: Tensor, number: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Slices of fairseq's samples: some instances of a batch, with their counts."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,8 +10,11 @@ from torch import Tensor
 from fairseq_sam.adapter.embeddings import dictionaries
 
 COUNTS = ("ntokens", "nsentences")
+# What the model is called with. Sentence ranking calls it once for each of net_input1, net_input2, …
+INPUT = re.compile(r"net_input\d*")
 # Tensors of token columns. Any other tensor with columns keeps the sample from being trimmed.
 SOURCE, PREVIOUS, TARGET = "src_tokens", "prev_output_tokens", "target"
+Replace = Callable[[Tensor, Tensor], None]  # puts a new tensor in the place of an old one
 
 
 class UnsliceableBatchError(ValueError):
@@ -24,7 +28,7 @@ class UnsliceableBatchError(ValueError):
 
 
 class Slicer:
-    """Cuts samples of translation, language modelling, masked language modelling, sentence prediction and denoising.
+    """Cuts samples of translation, language models, masked ones, sentence prediction and ranking, and denoising.
 
     A sample is a dictionary whose tensors have the instance as their first dimension, with the counts ``ntokens`` and
     ``nsentences`` beside them.
@@ -45,13 +49,14 @@ class Slicer:
         Raises:
             UnsliceableBatchError: if the sample does not say.
         """
-        if not isinstance(sample, dict) or "net_input" not in sample:
+        if not isinstance(sample, dict) or not _inputs(sample):
             keys = f"the keys {', '.join(map(str, sample))}" if isinstance(sample, dict) else type(sample).__name__
             raise UnsliceableBatchError(f"expected a sample with net_input, got {keys}")
         ids = sample.get("id")
         if torch.is_tensor(ids) and ids.dim() == 1:
             return len(ids)
-        sizes = {path: len(t) for path, t in _tensors({k: sample.get(k) for k in ("net_input", TARGET)}) if t.dim()}
+        parts = {**_inputs(sample), TARGET: sample.get(TARGET)}
+        sizes = {path: len(t) for path, t in _tensors(parts) if t.dim()}
         if len(set(sizes.values())) != 1:
             raise UnsliceableBatchError(f"the sample has no id, and its tensors have the lengths {sizes}")
         return next(iter(sizes.values()))
@@ -98,7 +103,7 @@ class Slicer:
 
     def _token_counts(self, sample: Any) -> Iterator[Tensor]:
         """Tokens of each instance as datasets may count them, the likeliest first: targets of sequence to sequence."""
-        net_input, pad, target = sample["net_input"], self._pad(), sample.get(TARGET)
+        net_input, pad, target = next(iter(_inputs(sample).values())), self._pad(), sample.get(TARGET)
         target = target[0] if isinstance(target, list | tuple) and target else target
         has_tokens = torch.is_tensor(target) and target.dim() == 2 and not target.is_floating_point()
         targets = [target.ne(pad).sum(1)] if has_tokens and pad is not None else []
@@ -141,30 +146,40 @@ class _Cut:
         return [value[i] for i in self._indices]
 
 
+def _inputs(sample: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {key: value for key, value in sample.items() if INPUT.fullmatch(key)}
+
+
 def _trim(sample: dict[str, Any], pad: int | None) -> None:
     """Drop columns that are padding in all rows, of all tensors that share them.
 
     The decoder's input shares them with the target, or where the target is a label (a classification by BART), with
     the source.
     """
-    net_input, targets = sample["net_input"], sample.get(TARGET)
+    inputs, targets = list(_inputs(sample).values()), sample.get(TARGET)
     targets = list(targets) if isinstance(targets, list | tuple) else [targets]
-    known = {id(net_input.get(SOURCE)), id(net_input.get(PREVIOUS)), *map(id, targets)}
+    known = {id(part.get(key)) for part in inputs for key in (SOURCE, PREVIOUS)} | set(map(id, targets))
     if pad is None or any(t.dim() > 1 and id(t) not in known for _, t in _tensors(sample)):
         return
-    if not torch.is_tensor(net_input.get(SOURCE)):
+    replace = _replacer(sample, *inputs)
+    for net_input in inputs:
+        _trim_input(net_input, targets, pad, replace)
+
+
+def _trim_input(net_input: dict[str, Any], targets: list[Any], pad: int, replace: Replace) -> None:
+    source, previous = net_input.get(SOURCE), net_input.get(PREVIOUS)
+    if not torch.is_tensor(source):
         return
-    source, previous = net_input[SOURCE], net_input.get(PREVIOUS)
     tokens = source if previous is None else previous
     # The labels of a classification may also have two dimensions: (sentences, 1).
     columns = [tokens, *(t for t in targets if torch.is_tensor(t) and t.shape == tokens.shape)]
     if previous is None or len(columns) > 1:
-        _trim_together(columns, pad, _replacer(sample))
+        _trim_together(columns, pad, replace)
     if previous is not None:
-        _trim_together([source] if len(columns) > 1 else [source, previous], pad, _replacer(sample))
+        _trim_together([source] if len(columns) > 1 else [source, previous], pad, replace)
 
 
-def _trim_together(tensors: Sequence[Tensor], pad: int, replace: Callable[[Tensor, Tensor], None]) -> None:
+def _trim_together(tensors: Sequence[Tensor], pad: int, replace: Replace) -> None:
     if len({t.shape for t in tensors}) != 1 or tensors[0].dim() != 2:
         return
     used = torch.stack([t.ne(pad).any(0) for t in tensors]).any(0).nonzero()
@@ -176,11 +191,11 @@ def _trim_together(tensors: Sequence[Tensor], pad: int, replace: Callable[[Tenso
             replace(tensor, tensor[:, first : last + 1].contiguous())
 
 
-def _replacer(sample: dict[str, Any]) -> Callable[[Tensor, Tensor], None]:
-    """A function that puts a new tensor in the place of an old one, wherever it stands in the sample."""
+def _replacer(*holders: dict[str, Any]) -> Replace:
+    """A function that puts a new tensor in the place of an old one, wherever it stands."""
 
     def replace(old: Tensor, new: Tensor) -> None:
-        for holder in (sample, sample["net_input"]):
+        for holder in holders:
             for key, value in holder.items():
                 if value is old:
                     holder[key] = new

@@ -1,0 +1,224 @@
+"""Scores of predictions, in the unit of papers: times 100.
+
+Classification and correlations by scikit-learn and scipy, BLEU and its significance by sacrebleu, ROUGE by rouge-score.
+GLEU and MaxMatch have no maintained package that runs without a model: see ``corrections``.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Labels = Sequence[str] | Sequence[int]
+Texts = Sequence[str]
+BOOTSTRAP_SEED = 12345  # sacrebleu's own default
+
+
+def check_lengths(**given: Sequence[Any]) -> None:
+    """Refuse lists that are empty or differ in length.
+
+    Args:
+        given: the lists by name.
+
+    Raises:
+        ValueError: with their lengths.
+    """
+    lengths = {name: len(values) for name, values in given.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        found = ", ".join(f"{length} {name}" for name, length in lengths.items())
+        raise ValueError(f"expected lists of one length that are not empty, got {found}")
+
+
+# -- classification ----------------------------------------------------------------------------------------------------
+
+
+def accuracy(predictions: Labels, references: Labels) -> float:
+    """Return the share of right predictions, %."""
+    check_lengths(predictions=predictions, references=references)
+    right = sum(found == wanted for found, wanted in zip(predictions, references, strict=True))
+    return 100.0 * right / len(references)
+
+
+def matthews(predictions: Labels, references: Labels) -> float:
+    """Return Matthews' correlation coefficient times 100; 0 where all predictions, or all references, are the same."""
+    from sklearn.metrics import matthews_corrcoef
+
+    check_lengths(predictions=predictions, references=references)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a single label
+        return 100.0 * float(matthews_corrcoef(list(references), list(predictions)))
+
+
+def f1(predictions: Labels, references: Labels, positive: str | int = "1") -> float:
+    """Return the F1 of one class, %; 0 where neither predictions nor references have it.
+
+    Args:
+        predictions: labels.
+        references: labels.
+        positive: the class that counts.
+    """
+    from sklearn.metrics import f1_score
+
+    check_lengths(predictions=predictions, references=references)
+    found, wanted = [each == positive for each in predictions], [each == positive for each in references]
+    return 100.0 * float(f1_score(wanted, found, zero_division=0.0))
+
+
+def macro_f1(predictions: Labels, references: Labels, labels: Labels | None = None) -> float:
+    """Return the mean of the F1 of all classes, %, as SuperGLUE does for CB.
+
+    Args:
+        predictions: labels.
+        references: labels.
+        labels: all classes; default those that occur in either list.
+    """
+    from sklearn.metrics import f1_score
+
+    check_lengths(predictions=predictions, references=references)
+    chosen = None if labels is None else list(labels)
+    score = f1_score(list(references), list(predictions), average="macro", labels=chosen, zero_division=0.0)
+    return 100.0 * float(score)
+
+
+def accuracy_and_f1(predictions: Labels, references: Labels, positive: str | int = "1") -> dict[str, float]:
+    """Return ``accuracy``, ``f1`` and their mean ``accuracy_f1`` (MRPC, QQP), %."""
+    found = {"accuracy": accuracy(predictions, references), "f1": f1(predictions, references, positive)}
+    return {**found, "accuracy_f1": (found["accuracy"] + found["f1"]) / 2}
+
+
+def accuracy_and_macro_f1(predictions: Labels, references: Labels, labels: Labels | None = None) -> dict[str, float]:
+    """Return ``accuracy``, ``macro_f1`` and their mean ``accuracy_macro_f1`` (CB), %."""
+    found = {"accuracy": accuracy(predictions, references), "macro_f1": macro_f1(predictions, references, labels)}
+    return {**found, "accuracy_macro_f1": (found["accuracy"] + found["macro_f1"]) / 2}
+
+
+# -- correlation -------------------------------------------------------------------------------------------------------
+
+
+def pearson(predictions: Sequence[float], references: Sequence[float]) -> float:
+    """Return Pearson's correlation times 100; NaN where one of the lists is constant, which has none."""
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, predictions, references)
+
+
+def spearman(predictions: Sequence[float], references: Sequence[float]) -> float:
+    """Return Spearman's rank correlation times 100; NaN where one of the lists is constant, which has none."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predictions, references)
+
+
+def pearson_and_spearman(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+    """Return ``pearson``, ``spearman`` and their mean ``pearson_spearman`` (STS-B), times 100."""
+    found = {"pearson": pearson(predictions, references), "spearman": spearman(predictions, references)}
+    return {**found, "pearson_spearman": (found["pearson"] + found["spearman"]) / 2}
+
+
+def _correlation(function: Callable[..., Any], predictions: Sequence[float], references: Sequence[float]) -> float:
+    check_lengths(predictions=predictions, references=references)
+    found, wanted = [float(each) for each in predictions], [float(each) for each in references]
+    if len(set(found)) == 1 or len(set(wanted)) == 1:
+        return math.nan
+    return 100.0 * float(function(found, wanted).statistic)
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def rouge(predictions: Texts, references: Texts, stemmed: bool = True) -> dict[str, float]:
+    """Return the mean F of ROUGE over the texts, %.
+
+    Args:
+        predictions: summaries.
+        references: one for each.
+        stemmed: compare the stems of words, as papers do.
+
+    Returns:
+        ``rouge1``, ``rouge2``, ``rougeL``, and ``rougeLsum``: ROUGE-L by sentence, which stand on lines of their own;
+        this is what the Perl script's ROUGE-L is on CNN/DailyMail.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    check_lengths(predictions=predictions, references=references)
+    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = RougeScorer(names, use_stemmer=stemmed)
+    found = [scorer.score(wanted, given) for given, wanted in zip(predictions, references, strict=True)]
+    return {name: 100.0 * sum(each[name].fmeasure for each in found) / len(found) for name in names}
+
+
+def bleu(hypotheses: Texts, references: Sequence[Texts], **options: Any) -> dict[str, Any]:
+    """Return corpus BLEU, 0 to 100.
+
+    Args:
+        hypotheses: detokenised translations.
+        references: lists of references, each as long as the hypotheses.
+        options: of sacrebleu's ``BLEU``, e.g. ``tokenize="none"`` and ``force=True`` for tokenised text.
+
+    Returns:
+        ``bleu`` and sacrebleu's ``signature``.
+    """
+    from sacrebleu import BLEU
+
+    _check_references(hypotheses, references)
+    metric = BLEU(**options)
+    score = metric.corpus_score(list(hypotheses), [list(each) for each in references]).score
+    return {"bleu": float(score), "signature": str(metric.get_signature())}
+
+
+def bleu_significance(
+    hypotheses: Texts, baseline: Texts, references: Sequence[Texts], samples: int = 1000, **options: Any
+) -> dict[str, Any]:
+    """Compare two systems by paired bootstrap (Koehn 2004), sacrebleu's own, with its seed 12345.
+
+    Args:
+        hypotheses: detokenised translations of the system.
+        baseline: those of the baseline.
+        references: lists of references, each as long as the hypotheses.
+        samples: number of bootstrap samples, >= 1.
+        options: of sacrebleu's ``BLEU``.
+
+    Returns:
+        ``bleu`` and ``baseline_bleu``; ``p``: how likely a difference of this size is by chance, 1 if all texts are the
+        same; ``mean`` and ``interval``: mean and half width of the 95 % interval of the system's BLEU; ``signature``.
+    """
+    from sacrebleu import BLEU
+    from sacrebleu.significance import PairedTest
+
+    _check_references(hypotheses, references)
+    check_lengths(hypotheses=hypotheses, baseline=baseline)
+    if samples < 1:
+        raise ValueError(f"samples must be >= 1, got {samples}")
+    systems: list[Any] = [("baseline", list(baseline)), ("system", list(hypotheses))]
+    wanted = [list(each) for each in references]
+    test: Any = PairedTest(systems, {"BLEU": BLEU(**options)}, references=wanted, test_type="bs", n_samples=samples)
+    signatures, results = test()
+    first, second = results["BLEU"]
+    # sacrebleu counts the samples that differ by more than the systems do, which here none can.
+    p = 1.0 if list(hypotheses) == list(baseline) else float(second.p_value)
+    return {
+        "bleu": float(second.score), "baseline_bleu": float(first.score), "p": p,
+        "mean": float(second.mean), "interval": float(second.ci), "signature": str(signatures["BLEU"]),
+    }  # fmt: skip
+
+
+def _check_references(hypotheses: Texts, references: Sequence[Texts]) -> None:
+    if not references or isinstance(references[0], str):
+        raise ValueError("references must be a list of lists, each as long as the hypotheses")
+    check_lengths(hypotheses=hypotheses, **{f"references[{n}]": each for n, each in enumerate(references)})
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------
+
+# (predictions, references, positive class) -> score
+METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any], str], float]] = {
+    "accuracy": lambda found, wanted, positive: accuracy(found, wanted),
+    "matthews": lambda found, wanted, positive: matthews(found, wanted),
+    "f1": f1,
+    "accuracy_f1": lambda found, wanted, positive: accuracy_and_f1(found, wanted, positive)["accuracy_f1"],
+    "macro_f1": lambda found, wanted, positive: macro_f1(found, wanted),
+    "accuracy_macro_f1": lambda found, wanted, positive: accuracy_and_macro_f1(found, wanted)["accuracy_macro_f1"],
+    "pearson": lambda found, wanted, positive: pearson(found, wanted),
+    "spearman": lambda found, wanted, positive: spearman(found, wanted),
+    "pearson_spearman": lambda found, wanted, positive: pearson_and_spearman(found, wanted)["pearson_spearman"],
+}

@@ -1,0 +1,154 @@
+"""Scores against values worked out by hand, and at the edges."""
+
+import json
+import math
+
+import pytest
+
+from scripts.recipes import scores
+
+# Of a, b, c: 3 right of 5.
+FOUND = ["a", "a", "b", "c", "b"]
+WANTED = ["a", "b", "b", "c", "c"]
+
+
+def test_accuracy():
+    assert scores.accuracy(FOUND, WANTED) == 60.0
+    assert scores.accuracy([1, 0], [1, 0]) == 100.0 and scores.accuracy([1], [0]) == 0.0
+
+
+def test_f1_of_one_class():
+    """Class b: 1 right of 2 found, of 2 wanted; class a: 1 of 2, of 1."""
+    assert scores.f1(FOUND, WANTED, "b") == pytest.approx(50.0)
+    assert scores.f1(FOUND, WANTED, "a") == pytest.approx(100 * 2 / 3)
+    assert scores.f1(["1", "1", "0"], ["1", "0", "0"]) == pytest.approx(100 * 2 / 3)
+
+
+def test_f1_where_a_class_is_missing():
+    assert scores.f1(["0", "0"], ["1", "0"]) == 0.0
+    assert scores.f1(["1", "0"], ["0", "0"]) == 0.0
+    assert scores.f1(["0", "0"], ["0", "0"]) == 0.0
+    assert scores.f1(["1", "1"], ["1", "1"]) == 100.0
+
+
+def test_macro_f1():
+    """F1 of a 2/3, of b 1/2, of c 2/3 (1 of 1 found, of 2 wanted)."""
+    assert scores.macro_f1(FOUND, WANTED) == pytest.approx(100 * (2 / 3 + 1 / 2 + 2 / 3) / 3)
+    assert scores.macro_f1(FOUND, WANTED, labels=["a", "b", "c", "d"]) == pytest.approx(
+        100 * (2 / 3 + 1 / 2 + 2 / 3) / 4
+    )
+    assert scores.macro_f1(["a", "a"], ["a", "b"]) == pytest.approx(100 * (2 / 3) / 2), "b is never found"
+    assert scores.macro_f1(["a", "a"], ["a", "a"]) == 100.0
+
+
+def test_means():
+    found = scores.accuracy_and_f1(["1", "1", "0"], ["1", "0", "0"])
+    assert found == pytest.approx({"accuracy": 200 / 3, "f1": 200 / 3, "accuracy_f1": 200 / 3})
+    assert scores.accuracy_and_f1(["1", "1"], ["1", "0"])["accuracy_f1"] == pytest.approx((50 + 200 / 3) / 2)
+    assert scores.accuracy_and_macro_f1(FOUND, WANTED)["accuracy_macro_f1"] == pytest.approx((60 + 100 * 11 / 18) / 2)
+
+
+def test_matthews():
+    """tp 2, tn 1, fp 1, fn 1: (2 - 1) / sqrt(3 * 3 * 2 * 2)."""
+    found, wanted = ["1", "1", "1", "0", "0"], ["1", "1", "0", "1", "0"]
+    assert scores.matthews(found, wanted) == pytest.approx(100 / 6)
+    assert scores.matthews(wanted, wanted) == pytest.approx(100.0)
+    assert scores.matthews(["1", "0"], ["0", "1"]) == pytest.approx(-100.0)
+
+
+def test_matthews_of_a_single_class():
+    for found, wanted in ((["1", "1"], ["1", "0"]), (["1", "0"], ["1", "1"]), (["1", "1"], ["1", "1"])):
+        assert scores.matthews(found, wanted) == 0.0
+
+
+def test_correlations():
+    """Ranks 1 2 3 4 and 1 2 4 3 have squared differences 2: 1 - 6 * 2 / (4 * 15)."""
+    found, wanted = [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 9.0, 8.0]
+    covariance = sum((a - 2.5) * (b - 5) for a, b in zip(found, wanted, strict=True))
+    expected = covariance / math.sqrt(5 * sum((b - 5) ** 2 for b in wanted))
+    assert scores.pearson(found, wanted) == pytest.approx(100 * expected)
+    assert scores.spearman(found, wanted) == pytest.approx(80.0)
+    both = scores.pearson_and_spearman(found, wanted)
+    assert both["pearson_spearman"] == pytest.approx((100 * expected + 80) / 2)
+    assert scores.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(100 * math.sqrt(3) / 2), "ties have mean ranks"
+
+
+def test_correlations_of_a_constant():
+    assert math.isnan(scores.pearson([2.0, 2.0], [1.0, 3.0])) and math.isnan(scores.spearman([1.0, 3.0], [2.0, 2.0]))
+    assert math.isnan(scores.pearson_and_spearman([0.5], [1.0])["pearson_spearman"])
+
+
+@pytest.mark.parametrize("name", scores.METRICS)
+def test_every_score_by_name(name):
+    found, wanted = (
+        ([1.0, 2.0, 4.0], [1.0, 3.0, 2.0]) if "earson" in name or "spear" in name else (["1", "0"], ["1", "1"])
+    )
+    value = scores.METRICS[name](found, wanted, "1")
+    assert type(value) is float and json.dumps(value) and -100 <= value <= 100
+    for one, other in (([], []), (found, wanted[:1]), (found[:1], wanted)):
+        with pytest.raises(ValueError, match=rf"{len(one)} predictions, {len(other)} references"):
+            scores.METRICS[name](one, other, "1")
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def test_rouge():
+    """Hypothesis of 4 words, reference of 5: 3 shared words, 2 shared pairs, the longest common run of 3."""
+    found = scores.rouge(["the cat sat here"], ["the cat sat on mats"])
+    assert found["rouge1"] == pytest.approx(100 * 2 * 3 / 9)
+    assert found["rouge2"] == pytest.approx(100 * 2 * 2 / 7)
+    assert found["rougeL"] == found["rougeLsum"] == pytest.approx(100 * 2 * 3 / 9)
+    assert scores.rouge(["running"], ["run"])["rouge1"] == 100.0
+    assert scores.rouge(["running"], ["run"], stemmed=False)["rouge1"] == 0.0
+
+
+def test_rouge_is_the_mean_over_texts():
+    found = scores.rouge(["a b", "c d"], ["a b", "e f"])
+    assert found == {"rouge1": 50.0, "rouge2": 50.0, "rougeL": 50.0, "rougeLsum": 50.0}
+
+
+def test_rouge_l_by_sentence():
+    """The sentences are swapped: as one text half of the words are in order, by sentence all are found."""
+    found = scores.rouge(["one two three\nfour five six"], ["four five six\none two three"])
+    assert found["rougeL"] == pytest.approx(50.0) and found["rougeLsum"] == pytest.approx(100.0)
+
+
+def test_bleu():
+    """9 of 10 words, 7 of 9 pairs, 5 of 8, 3 of 7; no brevity penalty."""
+    hypothesis, reference = "a b c d e f g h i j", "a b c x e f g h i j"
+    found = scores.bleu([hypothesis], [[reference]])
+    assert found["bleu"] == pytest.approx(100 * (9 / 10 * 7 / 9 * 5 / 8 * 3 / 7) ** 0.25)
+    assert found["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert scores.bleu([hypothesis], [[reference], [hypothesis]])["bleu"] == pytest.approx(100.0)
+    assert "tok:none" in scores.bleu([hypothesis], [[reference]], tokenize="none", force=True)["signature"]
+
+
+def test_significance():
+    references = [f"the cat number {n} sat on the old mat today ." for n in range(40)]
+    worse = [line.replace("old mat", "new hat") if n % 2 else line for n, line in enumerate(references)]
+    found = scores.bleu_significance(references, worse, [references], samples=100)
+    assert found["bleu"] == pytest.approx(100.0) and found["baseline_bleu"] < 90
+    assert found["baseline_bleu"] == pytest.approx(scores.bleu(worse, [references])["bleu"])
+    assert found["p"] < 0.05 and "bs:100" in found["signature"] and "seed:12345" in found["signature"]
+    assert found == scores.bleu_significance(references, worse, [references], samples=100), "the seed is fixed"
+    assert scores.bleu_significance(worse, worse, [references], samples=20)["p"] == 1.0
+    slightly = [worse[0].replace("cat", "dog"), *worse[1:-1], worse[-1].replace("new hat", "old mat")]
+    assert scores.bleu_significance(slightly, worse, [references], samples=100)["p"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: scores.rouge([], []), "0 predictions, 0 references"),
+        (lambda: scores.rouge(["a"], ["a", "b"]), "1 predictions, 2 references"),
+        (lambda: scores.bleu(["a"], [["a", "b"]]), r"1 hypotheses, 2 references\[0\]"),
+        (lambda: scores.bleu(["a"], ["a"]), "references must be a list of lists"),
+        (lambda: scores.bleu(["a"], []), "references must be a list of lists"),
+        (lambda: scores.bleu_significance(["a"], ["a", "b"], [["a"]]), "1 hypotheses, 2 baseline"),
+        (lambda: scores.bleu_significance(["a"], ["b"], [["a"]], samples=0), "samples must be >= 1, got 0"),
+    ],
+)
+def test_lists_that_do_not_fit(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
