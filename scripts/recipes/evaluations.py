@@ -35,13 +35,17 @@ def classification(run: Path, settings: dict[str, Any], device: list[str]) -> Sc
 
 def perplexity(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
     """Perplexity per word, ends of lines included, of the checkpoint with the lowest validation loss."""
-    data, scores = Path(settings["data"]) / "data-bin", {}
+    data, scores = Path(settings["data"]), {}
     for split in ("valid", "test"):
         output = fairseq_command(
-            "eval_lm", data, "--path", run / "checkpoint_best.pt", "--gen-subset", split, "--batch-size", 8,
-            "--tokens-per-sample", settings["evaluation"]["length"], *ALL_INSTANCES, *device,
+            "eval_lm", data / "data-bin", "--path", run / "checkpoint_best.pt", "--gen-subset", split,
+            "--batch-size", 8, "--tokens-per-sample", settings["evaluation"]["length"], *ALL_INSTANCES, *device,
         )  # fmt: skip
         scores[split] = float(_found(r"Perplexity: ([\d.]+)", output))
+        lines = (data / "text" / split).read_text(encoding="utf-8").splitlines()
+        wanted, found = sum(len(line.split()) + 1 for line in lines), int(_found(r"Evaluated (\d+) tokens", output))
+        if found != wanted:
+            raise CommandError(f"fairseq-eval-lm evaluated {found} of {wanted} words of {split}; pieces were left out")
     return {"perplexity": scores["test"], "valid_perplexity": scores["valid"]}
 
 

@@ -21,7 +21,7 @@ PAPERS = EXAMPLES.parents[1] / "shared" / "papers"
 PLUMBING = {
     "task", "criterion", "num-classes", "best-checkpoint-metric", "maximize-best-checkpoint-metric", "num-workers",
     "no-epoch-checkpoints", "required-batch-size-multiple", "lr-scheduler", "sample-break-mode", "decoder-layers",
-    "decoder-out-embed-dim", "ddp-backend",
+    "decoder-out-embed-dim", "ddp-backend", "max-target-positions",
 }  # fmt: skip
 
 TEXT = """
