@@ -34,10 +34,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="runs at a time; default one for each GPU, or one on the CPU")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     parser.add_argument("--record", action="store_true", help="write obtained.tsv into the recipe's folder too")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options other than the recipe's")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and leave")
     args = parser.parse_args()
     try:
-        recipes = [read_recipe(args.recipe, args.size, c) for c in args.columns or column_names(args.recipe, args.size)]
+        changed = dict(option.partition("=")[::2] for option in args.set)
+        columns = args.columns or column_names(args.recipe, args.size)
+        recipes = [read_recipe(args.recipe, args.size, column, changed) for column in columns]
         run_table(
             recipes, data=args.data, out=args.out.resolve(), methods=args.methods, seeds=args.seeds, num_jobs=args.jobs,
             cpu=args.cpu, record=args.record, dry_run=args.dry_run,

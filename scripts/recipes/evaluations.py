@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scripts.recipes import predictions
 from scripts.recipes.commands import ALL_INSTANCES, CommandError, fairseq_command
 from scripts.recipes.jobs import SCORES, SETTINGS
 from scripts.recipes.significance import HYPOTHESES, REFERENCES
@@ -61,10 +62,28 @@ def translation(run: Path, settings: dict[str, Any], device: list[str]) -> Score
     return {"bleu": scores.detokenised, "bleu_tokenised": scores.tokenised}
 
 
+def glue(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
+    """Scores (%) of a task of GLUE or SuperGLUE on its validation split, of the best checkpoint there.
+
+    As the papers report it: test labels are not public. Where there is a labelled test split, its scores come too.
+    """
+    folder = predictions.Folder(Path(settings["data"]) / "data-bin")
+    scores: Scores = {}
+    for split, prefix in (("valid", ""), ("test", "test_")):
+        if folder.targets(split) is None:
+            continue
+        found = predictions.predict(run / "checkpoint_best.pt", folder, split, cpu=bool(device))
+        predictions.write(run / f"{split}.predictions.tsv", found)
+        for name, value in predictions.score(folder.task, found).items():
+            scores[f"{prefix}{name}"] = float("nan") if value is None else value
+    return scores
+
+
 EVALUATIONS: dict[str, Callable[[Path, dict[str, Any], list[str]], Scores]] = {
     "classification": classification,
     "perplexity": perplexity,
     "translation": translation,
+    "glue": glue,
 }
 
 

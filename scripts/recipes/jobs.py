@@ -67,7 +67,7 @@ class Job:
         """Where the run is."""
         scoring = [self.recipe.evaluate, *([dict(self.recipe.evaluation)] if self.recipe.evaluation else [])]
         settings = json.dumps([self.flags, dict(self.recipe.options), *scoring], sort_keys=True)
-        slug = re.sub(r"[^a-z0-9]+", "-", self.method.lower()).strip("-")
+        slug = re.sub(r"\W+", "-", self.method.lower()).strip("-")
         return self.data.parent / "runs" / f"{_digest(settings)}-{slug}" / f"seed{self.seed}"
 
     @cached_property
@@ -82,7 +82,8 @@ class Job:
         run = self.run
         own = {"save-dir": run, "seed": self.seed, "log-file": run / LOG, "log-format": "json", "user-dir": PLUGIN}
         flags = {"log-interval": 50, "no-progress-bar": None, **self.flags, **own, "cpu": self.cpu or None}
-        return [sys.executable, "-m", "fairseq_cli.train", str(self.data / "data-bin"), *command_line(flags)]
+        words = [word.replace("{data}", str(self.data)) for word in command_line(flags)]
+        return [sys.executable, "-m", "fairseq_cli.train", str(self.data / "data-bin"), *words]
 
     def evaluation(self) -> list[str]:
         """The command that scores the run."""

@@ -11,7 +11,9 @@ The file has these keys; ``extends`` names another recipe's folder, whose keys a
 ``metric``      the score that the table shows: ``name``, ``better`` (higher or lower), ``unit``, ``digits``
 ``options``     what the preparation needs to know, by name
 ``evaluation``  what the evaluation needs to know, by name
-``flags``       fairseq-train's flags of all methods, without dashes; ``true`` for a flag without a value
+``flags``       fairseq-train's flags of all methods, without dashes; ``true`` for a flag without a value; ``{data}``
+                stands for the folder of the prepared data
+``flags_of``    ``glue``: the flags that the task in ``options`` needs come first; a name in ``FLAGS_OF``
 ``methods``     by name of the table's row, the flags of the method; the first is the baseline
 ``columns``     by name of the table's column (a task, a sampling rate), what differs: ``options``, ``evaluation``,
                 ``flags``, ``methods``, ``metric``; without it there is one column
@@ -23,7 +25,7 @@ The file has these keys; ``extends`` names another recipe's folder, whose keys a
 ==============  ====================================================================================================
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 FILE = "recipe.yaml"
 KEYS = {
-    "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "evaluation", "flags", "methods",
-    "columns", "seeds", "shared_start", "sizes", "sources",
+    "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "evaluation", "flags", "flags_of",
+    "methods", "columns", "seeds", "shared_start", "sizes", "sources",
 }  # fmt: skip
 COLUMN_KEYS = {"options", "evaluation", "flags", "methods", "metric"}
 SIZE_KEYS = {*(COLUMN_KEYS - {"metric"}), "columns", "seeds"}
@@ -109,13 +111,29 @@ class Recipe:
         return next(iter(self.methods))
 
 
-def read_recipe(folder: str | Path, size: str, column: str = "") -> Recipe:
+def _flags_of_glue(options: Mapping[str, Any]) -> Flags:
+    from scripts.recipes import glue
+
+    flags: Flags = {}
+    for word in glue.training_flags(glue.TASKS[options["task"]]):
+        if word.startswith("--"):
+            flags[word[2:]] = True
+        else:
+            flags[next(reversed(flags))] = word
+    return flags
+
+
+FLAGS_OF: dict[str, Callable[[Mapping[str, Any]], Flags]] = {"glue": _flags_of_glue}
+
+
+def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mapping[str, Any] | None = None) -> Recipe:
     """Read a column of the recipe of a folder.
 
     Args:
         folder: the folder, or the name of one in ``examples``.
         size: ``mini`` or ``paper``.
         column: one of ``column_names``; default the first.
+        changed: options that are other than the recipe's.
 
     Raises:
         RecipeError: names the file, the key and what it may be.
@@ -129,12 +147,17 @@ def read_recipe(folder: str | Path, size: str, column: str = "") -> Recipe:
     # What counts more comes later: a size's own column over the column, that over the size, that over all.
     at_size = content["sizes"][size] or {}
     layers = [content, at_size, *((part.get("columns") or {}).get(column) or {} for part in (content, at_size))]
+    unknown = sorted(set(changed or {}) - {name for layer in layers for name in layer.get("options") or {}})
+    if unknown:
+        raise RecipeError(f"{place / FILE} has no option {unknown[0]!r} (--set)")
     for layer, allowed in zip(layers[1:], (SIZE_KEYS, COLUMN_KEYS, COLUMN_KEYS), strict=True):
         _check_layer(place, layer, allowed, content["methods"])
 
     def merged(key: str) -> dict[str, Any]:
         return {name: value for layer in layers for name, value in (layer.get(key) or {}).items()}
 
+    options = {**merged("options"), **(changed or {})}
+    flags = {**(FLAGS_OF[content["flags_of"]](options) if "flags_of" in content else {}), **merged("flags")}
     own = {name: [(layer.get("methods") or {}).get(name) or {} for layer in layers] for name in content["methods"]}
     return Recipe(
         name=place.name,
@@ -146,10 +169,10 @@ def read_recipe(folder: str | Path, size: str, column: str = "") -> Recipe:
         prepare=Path(content["prepare"]),
         evaluate=content["evaluate"],
         metric=Metric(**merged("metric")),
-        options=merged("options"),
+        options=options,
         evaluation=merged("evaluation"),
         methods={
-            name: {**merged("flags"), **{flag: value for part in parts for flag, value in part.items()}}
+            name: {**flags, **{flag: value for part in parts for flag, value in part.items()}}
             for name, parts in own.items()
         },
         seeds=list(at_size.get("seeds") or content.get("seeds") or [1]),

@@ -68,7 +68,7 @@ def run_table(
     if dry_run:
         every = [*_starts(jobs), *jobs]
         commands = [command for job in every for command in job.commands()]
-        for command in (*(_preparation(recipe, data, out) for recipe in recipes), *commands):
+        for command in (*(preparation(recipe, data, out) for recipe in recipes), *commands):
             print(shlex.join(command))
         return
     for recipe in recipes:
@@ -80,7 +80,8 @@ def run_table(
     print(f"written: {', '.join(map(str, tables))}")
 
 
-def _preparation(recipe: Recipe, data: Path, out: Path) -> list[str]:
+def preparation(recipe: Recipe, data: Path, out: Path) -> list[str]:
+    """Return the command that prepares a recipe's data."""
     flags = {name.replace("_", "-"): value for name, value in recipe.options.items()}
     folders = ["--data", str(data), "--out", str(data_folder(recipe, out))]
     return [sys.executable, str(recipe.prepare), *folders, *command_line(flags)]
@@ -93,7 +94,7 @@ def _prepare(recipe: Recipe, data: Path, out: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     print(f"preparing {folder}", flush=True)
-    if subprocess.run(_preparation(recipe, data, out), cwd=ROOT).returncode:
+    if subprocess.run(preparation(recipe, data, out), cwd=ROOT).returncode:
         raise RunError(f"{recipe.prepare} failed; see above")
     done.touch()
 

@@ -3,13 +3,11 @@
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.significance import PairedTest
 from scipy import stats
 
 from scripts.recipes.jobs import SETTINGS, Job
+from scripts.recipes.scores import bleu_significance
 
 HYPOTHESES, REFERENCES = "hypotheses.txt", "references.txt"
 
@@ -42,20 +40,5 @@ def compare(job: Job, baseline: Job) -> float | None:
     settings = json.loads((job.run / SETTINGS).read_text(encoding="utf-8"))
     references = (job.run / REFERENCES).read_text(encoding="utf-8").split("\n")[:-1]
     first, second = (path.read_text(encoding="utf-8").split("\n")[:-1] for path in paths)
-    return paired_bootstrap(first, second, references, settings["evaluation"].get("bleu_tokenize", "13a"))
-
-
-def paired_bootstrap(hypotheses: list[str], baseline: list[str], references: list[str], tokenize: str = "13a") -> float:
-    """p-value of a difference in BLEU, from 1,000 resamples of the sentences (Koehn 2004, as sacreBLEU does it).
-
-    Args:
-        hypotheses: translations of a method, one for each sentence.
-        baseline: those of the baseline.
-        references: the reference translations.
-        tokenize: sacreBLEU's tokenizer.
-    """
-    systems: list[tuple[str, Sequence[str]]] = [("baseline", baseline), ("method", hypotheses)]
-    test = PairedTest(systems, {"BLEU": BLEU(tokenize=tokenize)}, [references], test_type="bs", n_samples=1000)
-    _, scores = test()
-    result: Any = scores["BLEU"][1]
-    return float(result.p_value)
+    tokenize = settings["evaluation"].get("bleu_tokenize", "13a")
+    return float(bleu_significance(first, second, [references], tokenize=tokenize)["p"])

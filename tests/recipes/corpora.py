@@ -50,3 +50,16 @@ def write_envi(folder: Path, num_train: int = 120) -> None:
     for name, part in splits.items():
         for language, lines in zip(("en", "vi"), zip(*part, strict=True), strict=True):
             (place / f"{name}.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_deen(folder: Path, num_train: int = 120) -> None:
+    """Pairs of the demo's grammar under the names of a partial IWSLT'14 De-En."""
+    from grammar import sentence_pairs
+
+    place = folder / "iwslt14_deen_partial"
+    place.mkdir(parents=True, exist_ok=True)
+    pairs = sentence_pairs(num_train + 20, seed=4)
+    ends = {"train_sample": (0, num_train), "valid": (num_train, num_train + 10), "test": (num_train + 10, None)}
+    for name, (start, end) in ends.items():
+        for language, lines in zip(("en", "de"), zip(*pairs[start:end], strict=True), strict=True):
+            (place / f"{name}.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")

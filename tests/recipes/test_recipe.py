@@ -22,6 +22,7 @@ PLUMBING = {
     "task", "criterion", "num-classes", "best-checkpoint-metric", "maximize-best-checkpoint-metric", "num-workers",
     "no-epoch-checkpoints", "required-batch-size-multiple", "lr-scheduler", "sample-break-mode", "decoder-layers",
     "decoder-out-embed-dim", "ddp-backend", "max-target-positions",
+    "init-token", "report-mcc", "report-acc-and-f1", "report-pearson-and-spearman", "regression-target", "valid-subset",
 }  # fmt: skip
 
 TEXT = """

@@ -10,7 +10,7 @@ from scipy import stats
 
 from scripts.recipes.obtained import COLUMNS
 from scripts.recipes.recipe import EXAMPLES, ROOT, read_recipe
-from scripts.recipes.significance import paired_bootstrap, paired_t_test
+from scripts.recipes.significance import paired_t_test
 from scripts.recipes.tables import cells, latex, markdown, table_rows, tsv
 
 SCORES = {"Baseline": [80.0, 81.0, 80.5], "SAM": [81.0, 82.5, 81.25], "ASAM": [79.0]}
@@ -93,15 +93,6 @@ def test_t_test():
     assert math.isnan(paired_t_test([1.0], [2.0])) and paired_t_test([1.0, 2.0], [1.0, 2.0]) == 1.0
     with pytest.raises(ValueError, match="got 2 and 1"):
         paired_t_test([1.0, 2.0], [1.0])
-
-
-def test_bootstrap():
-    references = [f"the number {number} is a fine number and it is here to stay" for number in range(60)]
-    worse = [line.replace("fine", "bad").replace("stay", "go") for line in references]
-    assert paired_bootstrap(references, worse, references) < 0.01
-    half = [a if place % 2 else b for place, (a, b) in enumerate(zip(references, worse, strict=True))]
-    other = [b if place % 2 else a for place, (a, b) in enumerate(zip(references, worse, strict=True))]
-    assert paired_bootstrap(half, other, references) > 0.1
 
 
 def test_the_command(tmp_path):

@@ -1,0 +1,69 @@
+"""Every recipe trains an update on generated corpora, with the settings of its mini size."""
+
+import subprocess
+
+import pytest
+
+pytest.importorskip("fairseq", reason="recipes run fairseq's commands")
+
+from fairseq_cli.train import main
+
+from scripts.recipes.jobs import Job
+from scripts.recipes.recipe import RecipeError, column_names, read_recipe, recipe_folders
+from scripts.recipes.runner import preparation
+from tests.adapter import pretrained, runs
+from tests.recipes import corpora, glue_files
+
+FEWER = {"num_train": 40, "num_valid": 16, "num_test": 16, "num_lines": 40, "max_train": 24}
+SHORTER = {"tokens-per-sample": "16"}  # the generated Penn TreeBank is shorter than a batch of the real one
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpora")
+    corpora.write_imdb(folder)
+    corpora.write_ptb(folder)
+    corpora.write_envi(folder)
+    corpora.write_deen(folder)
+    for task in ("MRPC", "CoLA", "STS-B"):
+        glue_files.write_task(folder / "glue", task, num_train=30)
+    pretrained.write_original(folder / "encoder", "bert", max_position_embeddings=512, **MINILM)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.name for path in recipe_folders()])
+def test_one_update(name, data, out):
+    """Of the last method; recipes on the same data share its preparation, as in real runs."""
+    column = column_names(name, "mini")[-1]
+    options = read_recipe(name, "mini", column).options
+    changed = {key: value for key, value in FEWER.items() if key in options}
+    changed |= {"encoder": str(data / "encoder")} if "encoder" in options else {}
+    recipe = read_recipe(name, "mini", column, changed)
+    job = Job(recipe, list(recipe.methods)[-1], 1, out, cpu=True)
+    if not (job.data / "data-bin").exists():
+        subprocess.run(preparation(recipe, data, out), check=True, capture_output=True, cwd=runs.ROOT)
+    command = job.training()
+    flags = [
+        *command[command.index("fairseq_cli.train") + 1 :],
+        "--max-update",
+        "1",
+        "--no-save",
+        "--disable-validation",
+    ]
+    flags += [word for flag, value in SHORTER.items() if flag in job.flags for word in (f"--{flag}", value)]
+    job.run.mkdir(parents=True, exist_ok=True)
+    cfg = runs.configuration(flags)
+    with runs.quiet():
+        main(cfg)
+
+
+def test_an_option_that_the_recipe_does_not_have():
+    with pytest.raises(RecipeError, match=r"has no option 'num_words_' \(--set\)"):
+        read_recipe("ga_sam_table1_imdb", "mini", changed={"num_words_": 5})
