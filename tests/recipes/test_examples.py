@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("fairseq", reason="recipes run fairseq's commands")
 
+from fairseq.trainer import Trainer
 from fairseq_cli.train import main
 
 from scripts.recipes.jobs import Job
@@ -39,7 +40,7 @@ def out(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.name for path in recipe_folders()])
-def test_one_update(name, data, out):
+def test_one_update(name, data, out, monkeypatch):
     """Of the last method; recipes on the same data share its preparation, as in real runs."""
     column = column_names(name, "mini")[-1]
     options = read_recipe(name, "mini", column).options
@@ -50,18 +51,15 @@ def test_one_update(name, data, out):
     if not (job.data / "data-bin").exists():
         subprocess.run(preparation(recipe, data, out), check=True, capture_output=True, cwd=runs.ROOT)
     command = job.training()
-    flags = [
-        *command[command.index("fairseq_cli.train") + 1 :],
-        "--max-update",
-        "1",
-        "--no-save",
-        "--disable-validation",
-    ]
+    own = command[command.index("fairseq_cli.train") + 1 :]
+    flags = [*own, "--max-update", "1", "--no-save", "--disable-validation"]
     flags += [word for flag, value in SHORTER.items() if flag in job.flags for word in (f"--{flag}", value)]
     job.run.mkdir(parents=True, exist_ok=True)
-    cfg = runs.configuration(flags)
+    cfg, updates, original = runs.configuration(flags), [], Trainer.set_num_updates
+    monkeypatch.setattr(Trainer, "set_num_updates", lambda self, n: updates.append(n) or original(self, n))
     with runs.quiet():
         main(cfg)
+    assert max(updates) == 1
 
 
 def test_an_option_that_the_recipe_does_not_have():
