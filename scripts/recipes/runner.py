@@ -3,6 +3,7 @@
 import os
 import queue
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -92,7 +93,8 @@ def _prepare(recipe: Recipe, data: Path, out: Path) -> None:
     done = folder / "done"
     if done.exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted preparation has left
+    folder.mkdir(parents=True)
     print(f"preparing {folder}", flush=True)
     if subprocess.run(preparation(recipe, data, out), cwd=ROOT).returncode:
         raise RunError(f"{recipe.prepare} failed; see above")

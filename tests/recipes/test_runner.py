@@ -2,11 +2,16 @@
 
 import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 pytest.importorskip("fairseq", reason="recipes run fairseq's commands")
 
+from scripts.recipes import obtained, runner
 from scripts.recipes.jobs import LOG, SCORES, SETTINGS, Job, data_folder, log_lines, progress_of, training_summary
 from scripts.recipes.obtained import read_rows
 from scripts.recipes.recipe import EXAMPLES, ROOT, read_recipe
@@ -132,6 +137,42 @@ def test_a_shared_beginning_changes_nothing(tmp_path):
         subprocess.run([*job.training(), *alone], check=True, capture_output=True, cwd=ROOT)
         found, expected = (runs.load(path / "checkpoint4.pt")["model"] for path in (job.run, tmp_path / name))
         assert runs.same_bits(found, expected), name
+
+
+class FakeProcess:
+    """Stands in for a command: writes down on which device it runs, then what the evaluation would write."""
+
+    seen: ClassVar[list] = []
+    running: ClassVar[list] = []
+
+    def __init__(self, command, env, **_):
+        self._device = env.get("CUDA_VISIBLE_DEVICES")
+        assert self._device not in self.running, "one job on a device at a time"
+        self.seen.append((command[2], self._device, "--cpu" in command, env["OMP_NUM_THREADS"]))
+        self.running.append(self._device)
+        if command[2].endswith("evaluations"):
+            Path(command[3], SCORES).write_text('{"accuracy": 50.0}')
+
+    def wait(self):
+        time.sleep(0.05)
+        self.running.remove(self._device)
+        return 0
+
+
+def test_jobs_take_turns_on_the_gpus(tmp_path, monkeypatch):
+    recipe, data = small(tmp_path, "ga_sam_table1_imdb", IMDB)
+    done = data_folder(recipe, tmp_path / "out") / "done"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(obtained, "hardware", lambda cpu: "a GPU")
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=FakeProcess))
+    FakeProcess.seen.clear()
+    run_table([recipe], data=data, out=tmp_path / "out")
+    assert len(FakeProcess.seen) == 8 and {device for _, device, _, _ in FakeProcess.seen} == {"0", "1"}
+    assert not any(cpu for _, _, cpu, _ in FakeProcess.seen)
+    rows = read_rows(tmp_path / "out" / recipe.name / "mini" / "obtained.tsv")
+    assert [row["value"] for row in rows] == ["50"] * 4 and {row["hardware"] for row in rows} == {"a GPU"}
 
 
 def test_missing_corpus_and_unknown_method(tmp_path):
