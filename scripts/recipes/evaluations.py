@@ -5,14 +5,19 @@ As a command: ``python -m scripts.recipes.evaluations RUN [--cpu]`` scores a run
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.functional import cross_entropy
+
 from scripts.recipes import predictions
 from scripts.recipes.commands import ALL_INSTANCES, CommandError, fairseq_command
 from scripts.recipes.jobs import SCORES, SETTINGS
+from scripts.recipes.scores import accuracy
 from scripts.recipes.significance import HYPOTHESES, REFERENCES
 from scripts.recipes.translation import average, bleu, detokenise, translate
 
@@ -20,17 +25,17 @@ Scores = dict[str, float]
 
 
 def classification(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
-    """Accuracy (%) and loss of the checkpoint with the best validation score, on ``valid`` and ``test``."""
-    flags = settings["flags"]
-    scores: Scores = {}
-    output = fairseq_command(
-        "validate", Path(settings["data"]) / "data-bin", "--path", run / "checkpoint_best.pt", "--task", flags["task"],
-        "--criterion", flags["criterion"], "--valid-subset", "valid,test", "--batch-size", 64, "--log-format", "json",
-        *ALL_INSTANCES, *device,
-    )  # fmt: skip
+    """Accuracy (%) and loss (bits) of the checkpoint with the best validation score, on ``valid`` and ``test``."""
+    from fairseq.data import Dictionary, data_utils
+
+    folder, scores = Path(settings["data"]) / "data-bin", {}
+    labels = Dictionary.load(str(folder / "label" / "dict.txt"))
     for split in ("valid", "test"):
-        line = json.loads(_found(rf"\{{[^\n]*\"{split}_accuracy\"[^\n]*\}}", output))
-        scores |= {f"{split}_{key}": float(line[f"{split}_{key}"]) for key in ("accuracy", "loss")}
+        outputs, _ = predictions.outputs(run / "checkpoint_best.pt", folder, split, cpu=bool(device))
+        rows = data_utils.load_indexed_dataset(str(folder / "label" / split), labels)
+        wanted = torch.tensor([int(row[0]) - labels.nspecial for row in rows])
+        scores[f"{split}_accuracy"] = accuracy(outputs.argmax(1).tolist(), wanted.tolist())
+        scores[f"{split}_loss"] = float(cross_entropy(outputs, wanted)) / math.log(2)
     return {"accuracy": scores.pop("test_accuracy"), **scores}
 
 
