@@ -24,13 +24,17 @@ InstanceLosses = Callable[[Any, Any, Any, Any], Tensor]
 class _Entry(NamedTuple):
     losses: InstanceLosses
     watched: Callable[[Any], nn.Module]
+    in_criterion: bool
+
+    def watched_module(self, criterion: Any, model: nn.Module) -> nn.Module:
+        return self.watched(criterion if self.in_criterion else model)
 
 
 _REGISTRY: dict[type, _Entry] = {}
 
 
 def register_instance_losses(
-    criterion: type, watched: Callable[[Any], nn.Module] = lambda model: model
+    criterion: type, watched: Callable[[Any], nn.Module] = lambda model: model, *, in_criterion: bool = False
 ) -> Callable[[InstanceLosses], InstanceLosses]:
     """Register how a criterion's loss divides into those of the instances.
 
@@ -38,6 +42,7 @@ def register_instance_losses(
         criterion: the criterion's class. A subclass counts as well if it overrides neither ``forward`` nor
             ``compute_loss``.
         watched: from the model, the module whose output the function gets; default the model itself.
+        in_criterion: `watched` gets the criterion in the model's place, and the module is one of the criterion's.
 
     Returns:
         A decorator for a function of criterion, model, output and sample that returns the losses of the instances, a
@@ -53,7 +58,7 @@ def register_instance_losses(
     """
 
     def register(losses: InstanceLosses) -> InstanceLosses:
-        _REGISTRY[criterion] = _Entry(losses, watched)
+        _REGISTRY[criterion] = _Entry(losses, watched, in_criterion)
         return losses
 
     return register
@@ -109,7 +114,8 @@ def capture_output(criterion: Any, model: nn.Module) -> Iterator[Captured]:
     def record(module: nn.Module, arguments: Any, output: Any) -> None:
         captured.output, captured.was_called = output, True
 
-    handle = _entry_of(type(criterion)).watched(model).register_forward_hook(record)
+    module = _entry_of(type(criterion)).watched_module(criterion, model)
+    handle = module.register_forward_hook(record)
     try:
         yield captured
     finally:
