@@ -46,7 +46,7 @@ def check_config(cfg: Any) -> None:
         check_criterion(CRITERION_REGISTRY[criterion])
     own_check = getattr(CRITERION_REGISTRY.get(criterion), "check_method", None)
     if own_check is not None and method.epsilon > 0:
-        own_check(cfg.criterion if criterion is not cfg.criterion else cfg, method, name)
+        own_check(cfg.criterion, method)
     if (
         method.where == "embeddings"
         and isinstance(CRITERION_REGISTRY.get(criterion), type)

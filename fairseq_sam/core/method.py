@@ -329,11 +329,7 @@ class Method:
     def slices(self) -> bool:
         """Whether some passes see parts of a batch."""
         return (
-            self.ascent == "instance"
-            or self.ascent_fraction < 1
-            or self.m > 1
-            or self.mask == "fisher"
-            or self.selects
+            self.ascent == "instance" or self.ascent_fraction < 1 or self.m > 1 or self.mask == "fisher" or self.selects
         )
 
     @property

@@ -1,0 +1,1 @@
+"""Criteria that the papers need and fairseq lacks."""
