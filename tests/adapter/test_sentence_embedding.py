@@ -19,7 +19,7 @@ from fairseq_sam.criterions.mirror import InfoNCE, pooled
 from fairseq_sam.tasks.sentence_embedding import SentenceViews
 from tests.adapter import runs
 from tests.adapter.test_tasks import ENCODER
-from tests.adapter.test_workers import run_two
+from tests.adapter.test_workers import UPDATES, run_two
 
 RECIPE = [
     "--task", "sentence_embedding", "--criterion", "mirror", "--arch", "bert", *ENCODER, "--attention-dropout", "0.1",
@@ -323,11 +323,19 @@ def test_activation_checkpointing_would_compute_the_first_view_anew(trainer_for)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("one_view", [[], [ONE_VIEW]])
-def test_replicas_of_torch_ddp_stay_equal(language_model_data, tmp_path, one_view):
-    """Nothing is unused in a loss of embeddings, since the LM head's own weights are frozen."""
-    flags = [*RECIPE, "--optimizer", "sam", *SGD, *one_view]
+def test_two_workers_equal_one_with_all_their_micro_batches(language_model_data, tmp_path, monkeypatch, one_view):
+    """torch's DDP finds every parameter used, since the LM head's own weights are frozen."""
+    monkeypatch.setattr(runs, "TRANSLATION", RECIPE)
+    flags = ["--optimizer", "sam", *SGD, *NO_DROPOUT, *one_view]
     (first, second), _ = run_two(language_model_data, tmp_path / "two", "pytorch_ddp", *flags)
-    assert runs.same_bits(first, second) and all(torch.isfinite(w).all() for w in first.values())
+    assert runs.same_bits(first, second)
+    trainer, batches = runs.build_trainer(language_model_data, *RECIPE, *flags)
+    before = weights_of(trainer)
+    for numbers in UPDATES:
+        trainer.train_step([batches[number] for number in numbers])
+    for name, weights in weights_of(trainer).items():
+        torch.testing.assert_close(first[name], weights, rtol=0, atol=2e-5)
+    assert max(float((first[name] - before[name]).abs().max()) for name in before) > 1e-2
 
 
 # -- data, commands, flags ---------------------------------------------------------------------------------------------
