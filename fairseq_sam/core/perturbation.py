@@ -18,7 +18,7 @@ from fairseq_sam.core.rounding import HALF, round_stochastically
 from fairseq_sam.core.scales import ScaleOperator, build_scale
 from fairseq_sam.core.space import ParameterSpace
 from fairseq_sam.core.tensors import Gradients, at_least_float32, dense, wide_dtype
-from fairseq_sam.core.unperturbed import call_with_weights, none_runs
+from fairseq_sam.core.unperturbed import Places, none_runs
 
 
 @dataclass
@@ -90,6 +90,7 @@ class WeightPerturbation:
         self._random: RandomState | None = None
         self._num_moves = 0
         self._is_moved = False
+        self._places = Places()  # where other weights stand in a call that is not perturbed
 
     @property
     def is_zero(self) -> bool:
@@ -239,6 +240,7 @@ class WeightPerturbation:
 
     def restore(self) -> None:
         """Copy the unperturbed weights back."""
+        self._places.put_back()
         with torch.no_grad():
             for tensor, value in zip(self.space.tensors, self._backup, strict=True):
                 tensor.data.copy_(value)
@@ -251,7 +253,7 @@ class WeightPerturbation:
         if not self._is_moved:
             return model(*args, **kwargs)
         weights = {id(tensor): value for tensor, value in zip(self.space.tensors, self._backup, strict=True)}
-        return call_with_weights(model, weights, args, kwargs)
+        return self._places.call(model, weights, args, kwargs)
 
     def _perturbations(self) -> Iterator[tuple[int, Tensor]]:
         for i, transformed, factor in zip(self._active, self._transformed, self._scale.factors, strict=True):

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from fairseq_sam.core.method import Method
@@ -112,22 +111,46 @@ class _Substitute(torch.autograd.Function):
         return gradients[0], None
 
 
-def call_with_weights(
-    model: nn.Module, weights: Mapping[int, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Call a model with other values in the places of its parameters, which get the gradient.
+class Places:
+    """Where a model's parameters stand while other values are in their places."""
 
-    Args:
-        model: the model.
-        weights: value by the ``id`` of the parameter.
-        args: the call's arguments.
-        kwargs: the call's keyword arguments.
+    def __init__(self) -> None:
+        self._places: list[tuple[dict[str, Any], str, nn.Parameter]] = []
 
-    Raises:
-        ValueError: if the model has recurrent modules.
-    """
-    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        raise ValueError("a call without the perturbation cannot be made of a model with nn.RNN, nn.LSTM or nn.GRU")
-    named = {name: p for name, p in model.named_parameters() if id(p) in weights}
-    values = {name: _Substitute.apply(p, weights[id(p)]) for name, p in named.items()}  # type: ignore[no-untyped-call]
-    return functional_call(model, values, args, kwargs)
+    def call(
+        self, model: nn.Module, weights: Mapping[int, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a model with other values in the places of its parameters, which get the gradient.
+
+        Args:
+            model: the model.
+            weights: value by the ``id`` of the parameter.
+            args: the call's arguments.
+            kwargs: the call's keyword arguments.
+
+        Raises:
+            ValueError: if the model has recurrent modules.
+        """
+        modules = list(model.modules())
+        if any(isinstance(module, nn.RNNBase) for module in modules):
+            raise ValueError("a call without the perturbation cannot be made of a model with nn.RNN, nn.LSTM or nn.GRU")
+        every = [(module._parameters, key, p) for module in modules for key, p in module._parameters.items()]
+        places = [(holder, key, p) for holder, key, p in every if p is not None and id(p) in weights]
+        parameters = {id(p): p for _, _, p in places}
+        values: dict[int, Any] = {
+            number: _Substitute.apply(p, weights[number])  # type: ignore[no-untyped-call]
+            for number, p in parameters.items()
+        }
+        try:
+            self._places = places
+            for holder, key, p in places:
+                holder[key] = values[id(p)]
+            return model(*args, **kwargs)
+        finally:
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Put the parameters back, also if an interrupt has kept `call` from doing so."""
+        for holder, key, p in self._places:
+            holder[key] = p
+        self._places = []

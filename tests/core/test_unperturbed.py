@@ -8,6 +8,7 @@ from torch.func import functional_call
 from fairseq_sam import PRESETS, SharpnessAware
 from fairseq_sam.core import unperturbed
 from fairseq_sam.core.unperturbed import call_unperturbed
+from tests import interrupt
 from tests.core.models import batch, mlp, reader
 
 EPSILON, RATE = 0.3, 0.1
@@ -168,3 +169,49 @@ def test_shared_weights_and_frozen_ones_keep_their_gradients():
         if p.requires_grad:
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-12)
     assert model.two.bias.grad is None and torch.equal(model.two.bias, frozen)
+
+
+class Interrupted:
+    """A step of SGD with one perturbed call, to be interrupted anywhere."""
+
+    def __init__(self, preset):
+        torch.manual_seed(0)
+        self.model, self.x = (reader if preset == "freelb" else mlp)(), batch(1)[0]
+        self.sam = SharpnessAware(torch.optim.SGD(self.model.parameters(), RATE), self.model, preset, epsilon=EPSILON)
+        self.parameters = {
+            (path, key): p for path, module in self.model.named_modules() for key, p in module._parameters.items()
+        }
+        self.values = [p.detach().clone() for p in self.parameters.values()]
+
+    def accumulate(self):
+        self.sam.accumulate(closure_of(self.model, self.x))
+
+    def check(self):
+        for (path, key), p in self.parameters.items():
+            assert self.model.get_submodule(path)._parameters[key] is p
+        assert all(torch.equal(p, value) for p, value in zip(self.parameters.values(), self.values, strict=True))
+        assert not any(module._forward_hooks for module in self.model.modules())
+
+
+@pytest.mark.parametrize("error", interrupt.ERRORS)
+@pytest.mark.parametrize("preset", ["sam", "freelb"])
+def test_an_interrupt_anywhere_leaves_the_model(preset, error):
+    """Every bytecode of this room, and of what enters and leaves its contexts, in turn with the four errors."""
+    run = Interrupted(preset)
+    run.accumulate()
+    seen = interrupt.trace(run.accumulate, "opcode")
+    own = {n for n, (file, _) in enumerate(seen) if file.endswith("unperturbed.py")}
+    near = sorted({m for n in own for m in range(max(0, n - 3), min(len(seen), n + 4))})
+    expected = Interrupted(preset)
+    expected.accumulate()
+    assert len(near) > 100
+    for number in near[:: 1 if error == "interrupt" else 5]:
+        run = Interrupted(preset)
+        with pytest.raises(interrupt.RAISED):
+            interrupt.trace(run.accumulate, "opcode", number, error)
+        torch.set_grad_enabled(True)
+        run.check()
+        run.sam.zero_grad()
+        run.accumulate()
+        for found, p in zip(run.parameters.values(), expected.parameters.values(), strict=True):
+            assert (found.grad is None and p.grad is None) or torch.equal(found.grad, p.grad)
