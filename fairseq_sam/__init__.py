@@ -38,4 +38,5 @@ if importlib.util.find_spec("fairseq") is not None:
     # fairseq imports these itself, but not if the package was imported before it reads --user-dir.
     import fairseq_sam.models.bert
     import fairseq_sam.models.textcnn
+    import fairseq_sam.tasks.sentence_embedding
     import fairseq_sam.tasks.span_prediction  # noqa: F401

@@ -44,6 +44,9 @@ def check_config(cfg: Any) -> None:
     criterion = getattr(cfg.criterion, "_name", cfg.criterion)
     if method.needs_losses and method.epsilon > 0 and criterion in CRITERION_REGISTRY:
         check_criterion(CRITERION_REGISTRY[criterion])
+    own_check = getattr(CRITERION_REGISTRY.get(criterion), "check_method", None)
+    if own_check is not None and method.epsilon > 0:
+        own_check(cfg.criterion, method)
     if (
         method.where == "embeddings"
         and isinstance(CRITERION_REGISTRY.get(criterion), type)

@@ -26,13 +26,21 @@ class _Entry(NamedTuple):
     losses: InstanceLosses
     watched: Callable[[Any], nn.Module]
     every_call: bool
+    in_criterion: bool
+
+    def watched_module(self, criterion: Any, model: nn.Module) -> nn.Module:
+        return self.watched(criterion if self.in_criterion else model)
 
 
 _REGISTRY: dict[type, _Entry] = {}
 
 
 def register_instance_losses(
-    criterion: type, watched: Callable[[Any], nn.Module] = lambda model: model, every_call: bool = False
+    criterion: type,
+    watched: Callable[[Any], nn.Module] = lambda module: module,
+    *,
+    every_call: bool = False,
+    in_criterion: bool = False,
 ) -> Callable[[InstanceLosses], InstanceLosses]:
     """Register how a criterion's loss divides into those of the instances.
 
@@ -41,6 +49,7 @@ def register_instance_losses(
             ``compute_loss``.
         watched: from the model, the module whose output the function gets; default the model itself.
         every_call: the criterion calls the module several times, and the function gets a list of all outputs.
+        in_criterion: `watched` gets the criterion in the model's place, and the module is one of the criterion's.
 
     Returns:
         A decorator for a function of criterion, model, output and sample that returns the losses of the instances, a
@@ -56,7 +65,7 @@ def register_instance_losses(
     """
 
     def register(losses: InstanceLosses) -> InstanceLosses:
-        _REGISTRY[criterion] = _Entry(losses, watched, every_call)
+        _REGISTRY[criterion] = _Entry(losses, watched, every_call, in_criterion)
         return losses
 
     return register
@@ -113,7 +122,7 @@ def capture_output(criterion: Any, model: nn.Module) -> Iterator[Captured]:
         captured.output = [*(captured.output or ()), output] if entry.every_call else output
         captured.was_called = True
 
-    handle = entry.watched(model).register_forward_hook(record)
+    handle = entry.watched_module(criterion, model).register_forward_hook(record)
     try:
         yield captured
     finally:

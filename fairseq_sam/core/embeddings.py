@@ -24,6 +24,7 @@ class WordEmbeddings:
         self.modules: tuple[nn.Module, ...] = tuple(dict.fromkeys(modules))
         self.padding = padding
         self._hooks: list[Any] = []
+        self._is_paused = False
 
     @classmethod
     def of(cls, model: nn.Module) -> "WordEmbeddings":
@@ -54,8 +55,10 @@ class WordEmbeddings:
         """
         num_calls = 0
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             nonlocal num_calls
+            if self._is_paused:
+                return None
             words = args[0] if args else next(iter(kwargs.values()))
             call, num_calls = num_calls, num_calls + 1
             return perturb(call, self._is_token(module, words, output), output)
@@ -68,8 +71,18 @@ class WordEmbeddings:
             # A hook that stays would be copied with the model, by an exponential moving average for instance.
             self.restore()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let outputs inside the context be what the modules give; these calls do not count."""
+        try:
+            self._is_paused = True
+            yield
+        finally:
+            self._is_paused = False
+
     def restore(self) -> None:
         """Let outputs be what the modules give, also if an interrupt has kept `perturbed` from being left."""
+        self._is_paused = False
         for handle in self._hooks:
             handle.remove()
         self._hooks = []

@@ -323,12 +323,13 @@ class Method:
     @property
     def needs_instances(self) -> bool:
         """Whether the method slices batches or needs the losses of single instances."""
+        return self.needs_losses or self.slices
+
+    @property
+    def slices(self) -> bool:
+        """Whether some passes see parts of a batch."""
         return (
-            self.needs_losses
-            or self.ascent == "instance"
-            or self.ascent_fraction < 1
-            or self.m > 1
-            or self.mask == "fisher"
+            self.ascent == "instance" or self.ascent_fraction < 1 or self.m > 1 or self.mask == "fisher" or self.selects
         )
 
     @property

@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_sam.core.embeddings import WordEmbeddings
 from fairseq_sam.core.groups import Groups
@@ -17,6 +18,7 @@ from fairseq_sam.core.rounding import HALF, round_stochastically
 from fairseq_sam.core.scales import ScaleOperator, build_scale
 from fairseq_sam.core.space import ParameterSpace
 from fairseq_sam.core.tensors import Gradients, at_least_float32, dense, wide_dtype
+from fairseq_sam.core.unperturbed import Places, none_runs
 
 
 @dataclass
@@ -88,6 +90,7 @@ class WeightPerturbation:
         self._random: RandomState | None = None
         self._num_moves = 0
         self._is_moved = False
+        self._places = Places()  # where other weights stand in a call that is not perturbed
 
     @property
     def is_zero(self) -> bool:
@@ -237,11 +240,20 @@ class WeightPerturbation:
 
     def restore(self) -> None:
         """Copy the unperturbed weights back."""
+        self._places.put_back()
         with torch.no_grad():
             for tensor, value in zip(self.space.tensors, self._backup, strict=True):
                 tensor.data.copy_(value)
         torch.clear_autocast_cache()
         self._is_moved = False
+        none_runs()
+
+    def call_unperturbed(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model at the unperturbed weights while they are moved."""
+        if not self._is_moved:
+            return model(*args, **kwargs)
+        weights = {id(tensor): value for tensor, value in zip(self.space.tensors, self._backup, strict=True)}
+        return self._places.call(model, weights, args, kwargs)
 
     def _perturbations(self) -> Iterator[tuple[int, Tensor]]:
         for i, transformed, factor in zip(self._active, self._transformed, self._scale.factors, strict=True):
@@ -368,6 +380,12 @@ class EmbeddingPerturbation:
     def restore(self) -> None:
         """Take the perturbation off the embeddings, also after an interrupt; weights are not moved."""
         self.embeddings.restore()
+        none_runs()
+
+    def call_unperturbed(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model without the perturbation of its embeddings."""
+        with self.embeddings.paused():
+            return model(*args, **kwargs)
 
     def measure(self) -> None:
         """Nothing to do before the pass: the last ascent step knows the perturbation."""

@@ -26,6 +26,7 @@ from fairseq_sam.core.perturbation import EmbeddingPerturbation, Measurements, W
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.space import ParameterSpace
 from fairseq_sam.core.tensors import Gradients, add, add_all, at_least_float32
+from fairseq_sam.core.unperturbed import running
 
 # Given the gradients of an ascent pass and what the pass returned: the gradients to ascend, and their unit factor.
 AscentGradient = Callable[[Gradients, Result], tuple[Gradients, float]]
@@ -125,7 +126,7 @@ class SharpnessAwareStep(Generic[Result]):
             if not self.method.has_first_pass:
                 break
             self._set_masks(k)
-            with self._perturbation.applied():
+            with self._perturbation.applied(), running(self._perturbation, ascends=True):
                 result = run(k)
             if self.method.epsilon == 0:
                 self._perturbation.restore()  # quant-noise overwrites weights in the forward pass
@@ -172,9 +173,9 @@ class SharpnessAwareStep(Generic[Result]):
         weights = self._weights()
         direction = weights.gaussian(self._random)
         clean = self._losses(part, share)
-        with weights.shifted(direction, 1.0):
+        with weights.shifted(direction, 1.0), running(weights):
             up = self._losses(part, share)
-        with weights.shifted(direction, -1.0):
+        with weights.shifted(direction, -1.0), running(weights):
             down = self._losses(part, share)
         if self.method.selects and share == 1 and self.method.dropout == "same":
             self._clean_losses = clean
@@ -186,7 +187,7 @@ class SharpnessAwareStep(Generic[Result]):
         masks_of: int | None = 0  # the clean losses are those of ascent pass 0
         if self._clean_losses is None:
             self._clean_losses, masks_of = self._losses(batch), None
-        with self._perturbation.applied():
+        with self._perturbation.applied(), running(self._perturbation):
             losses = self._losses(batch, masks_of=masks_of)
         return torch.nan_to_num(losses.to(self._clean_losses) - self._clean_losses, nan=torch.inf)
 
@@ -249,7 +250,7 @@ class SharpnessAwareStep(Generic[Result]):
         try:
             selected, share = self._select(batch, offset)
             with _gradient_hooks(self.space.tensors, prior, combine, hooks) if in_backward else nullcontext():
-                with self._perturbation.applied():
+                with self._perturbation.applied(), running(self._perturbation):
                     result = selected.run()
                     self._perturbation.measure()
         except BaseException:

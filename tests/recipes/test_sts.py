@@ -1,0 +1,223 @@
+"""STS sets in their layouts, rank correlations, and encoders from checkpoints."""
+
+import json
+import lzma
+import subprocess
+import sys
+
+import pytest
+import torch
+from scipy import stats
+
+pytest.importorskip("fairseq", reason="encoders are fairseq's models")
+
+from fairseq_sam.adapter.encoders import convert_encoder
+from fairseq_sam.adapter.errors import ConfigurationError
+from scripts.recipes.recipe import ROOT
+from scripts.recipes.sts import (
+    DEVELOPMENT,
+    LAYOUTS,
+    SETS,
+    SentenceEncoder,
+    evaluate,
+    rank_correlation,
+    read_pairs,
+    training_sentences,
+)
+from scripts.recipes.text import CorpusError
+from tests.adapter import pretrained, runs
+
+HEADS = {
+    "sts": "task\tscore\tsentence1\tsentence2",
+    "SICK": "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment",
+    "GLUE": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+}
+
+
+def pairs_of(name, number=24):
+    """Sentences whose score is the share of words that they have in common; a quote that is never closed."""
+    from grammar import sentence_pairs
+
+    texts = [source for source, _ in sentence_pairs(2 * number, seed=len(name))]
+    rows = []
+    for i in range(number):
+        first, other = texts[2 * i].split(), texts[2 * i + 1].split()
+        kept = i % (len(first) + 1)
+        second = first[:kept] + other[kept:]
+        rows.append((" ".join(['"quoted', *first]), " ".join(second), 5 * kept / len(first)))
+    return rows
+
+
+def line_of(layout, number, first, second, score):
+    if layout.file.startswith("SICK"):
+        return f"{number}\t{first}\t{second}\t{score}\tNEUTRAL"
+    if layout.folder == "sts":
+        return f"part{number % 2}\t{score}\t{first}\t{second}"
+    if not layout.has_head:
+        extra = "\tsource\tsource" if number % 2 else ""
+        return f"genre\tfile\t2012test\t{number}\t{score}\t{first}\t{second}{extra}"
+    return f"{number}\tgenre\tfile\t2012test\t0000\tnone\tnone\t{first}\t{second}\t{score}"
+
+
+def write_sets(folder):
+    """All sets, every other one compressed."""
+    layouts = {**LAYOUTS, "STS-B train": LAYOUTS[DEVELOPMENT]._replace(file="train.tsv")}
+    for place, (name, layout) in enumerate(layouts.items()):
+        head = HEADS["SICK" if layout.file.startswith("SICK") else "sts" if layout.folder == "sts" else "GLUE"]
+        lines = [line_of(layout, i, *row) for i, row in enumerate(pairs_of(name))]
+        text = "\n".join([*([head] if layout.has_head else []), *lines]) + "\n"
+        (folder / layout.folder).mkdir(parents=True, exist_ok=True)
+        path = folder / layout.folder / layout.file
+        if place % 2:
+            path.with_name(f"{path.name}.xz").write_bytes(lzma.compress(text.encode()))
+        else:
+            path.write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_sets(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta"])
+def converted(request, tmp_path_factory):
+    """A small converted encoder, with the model and the tokenizer that it was made of."""
+    root = tmp_path_factory.mktemp(request.param)
+    model, tokenizer = pretrained.write_original(root / "original", request.param)
+    convert_encoder(root / "original", root / "converted")
+    return root / "converted", model, tokenizer
+
+
+def test_the_sets_are_the_tables(data):
+    assert list(SETS) == ["STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R"]
+    for name, layout in LAYOUTS.items():
+        first, second, scores = zip(*pairs_of(name), strict=True)
+        found = read_pairs(data, layout)
+        assert (tuple(found.first), tuple(found.second), tuple(found.scores)) == (first, second, scores)
+
+
+def test_training_sentences_are_a_sample_of_both_sides(data):
+    rows = pairs_of("STS-B train")
+    everything = sorted(sentence for first, second, _ in rows for sentence in (first, second))
+    assert sorted(training_sentences(data, 10_000, seed=1)) == everything
+    sample = training_sentences(data, 10, seed=1)
+    assert len(sample) == 10 and sample == training_sentences(data, 10, seed=1)
+    assert sample != training_sentences(data, 10, seed=2)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(CorpusError, match=r"neither STS12\.tsv nor STS12\.tsv\.xz; --data must name"):
+        read_pairs(tmp_path, SETS["STS12"])
+    (tmp_path / "sts").mkdir()
+    (tmp_path / "sts" / "STS12.tsv").write_text(f"{HEADS['sts']}\npart\t1.5\ta\tb\npart\thigh\ta\tb\n")
+    with pytest.raises(CorpusError, match=r"sts/STS12\.tsv, line 3: expected a score and two sentences"):
+        read_pairs(tmp_path, SETS["STS12"])
+
+
+def test_rank_correlation_is_of_cosines():
+    angles = torch.tensor([0.1, 0.5, 0.9, 1.3, 2.0])
+    first = torch.stack([torch.ones(5), torch.zeros(5)], 1)
+    second = torch.stack([angles.cos(), angles.sin()], 1) * torch.arange(1, 6).view(5, 1)
+    assert rank_correlation(first, second, [5, 4, 3, 2, 1]) == pytest.approx(100)
+    assert rank_correlation(first, second, [1, 2, 3, 4, 5]) == pytest.approx(-100)
+    assert rank_correlation(first, second, [5, 3, 4, 2, 1]) == pytest.approx(90)
+    tied = [5, 3, 3, 2, 1]
+    assert rank_correlation(first, second, tied) == pytest.approx(100 * stats.spearmanr(angles.cos(), tied)[0])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_embeddings_and_scores_are_those_of_the_original(converted, data, pooling):
+    folder, model, tokenizer = converted
+    encoder = SentenceEncoder(folder / "model.pt", pooling=pooling)
+    texts = [text for text in pretrained.TEXTS if "[SEP]" not in text]  # BERT's segments are told by separators
+    hidden, _, is_token = pretrained.hidden_states_and_logits(model, tokenizer, texts)
+    mask = is_token.unsqueeze(-1)
+    expected = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(encoder.embed(texts, batch_size=3), expected, rtol=0, atol=1e-5)
+    scores = evaluate(encoder, data)
+    pairs = read_pairs(data, SETS["SICK-R"])
+    embeddings = [encoder.embed(side) for side in (pairs.first, pairs.second)]
+    assert scores["SICK-R"] == pytest.approx(rank_correlation(*embeddings, pairs.scores), abs=0.5)
+    assert list(scores) == [*SETS, "avg."]
+    assert scores["avg."] == pytest.approx(sum(scores[name] for name in SETS) / 7)
+    assert scores["avg."] > 20  # texts with more words in common are closer
+
+
+def test_long_sentences_are_cut(converted):
+    folder, *_ = converted
+    encoder = SentenceEncoder(folder / "model.pt", max_length=6)
+    long, same = encoder.embed(["a gimol near this tom " * 100, "a gimol near this tom " * 50])
+    assert torch.allclose(long, same, atol=1e-6)
+    assert SentenceEncoder(folder / "model.pt", max_length=10**6).embed(["a gimol " * 500]).isfinite().all()
+
+
+def test_a_trained_encoder_is_scored_before_and_after(converted, data, tmp_path):
+    """Training moves the scores; its checkpoint says how sentences are pooled and split."""
+    folder, *_ = converted
+    encode = SentenceEncoder(folder / "model.pt").bpe.encode
+    pretrained.binarise(
+        tmp_path / "data",
+        [encode(sentence) for sentence in training_sentences(data, 60, seed=1)],
+        "--srcdict",
+        str(folder / "dict.txt"),
+    )
+    flags = (folder / "model_flags.txt").read_text().split()
+    runs.train(
+        tmp_path / "data", tmp_path / "run", *flags, "--task", "sentence_embedding", "--criterion", "mirror",
+        "--pooling", "cls", "--restore-file", str(folder / "model.pt"), "--reset-optimizer", "--reset-dataloader",
+        "--reset-meters", "--reset-lr-scheduler", "--batch-size", "8", "--max-update", "3", "--optimizer", "sam",
+        "--perturb-one-view", "--bpe", "hugging_face", "--tokenizer-file", str(folder / "tokenizer.json"),
+    )  # fmt: skip
+    checkpoint = tmp_path / "run" / "checkpoint_last.pt"
+    trained = SentenceEncoder(checkpoint)
+    assert trained.pooling == "cls" and trained.bpe is not None
+    before = evaluate(SentenceEncoder(folder / "model.pt", pooling="cls"), data, [DEVELOPMENT])
+    after = evaluate(trained, data, [DEVELOPMENT])
+    assert list(after) == [DEVELOPMENT, "avg."] and after[DEVELOPMENT] != before[DEVELOPMENT]
+
+    script = [sys.executable, str(ROOT / "scripts" / "evaluate_sts.py"), "--checkpoint", str(checkpoint), "--cpu"]
+    words = ["--data", str(data), "--sets", DEVELOPMENT, "--json", str(tmp_path / "scores.json")]
+    done = subprocess.run([*script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "scores.json").read_text())[DEVELOPMENT] == pytest.approx(after[DEVELOPMENT])
+    assert done.stdout.splitlines()[-1] == " | ".join(f"{score:.2f}" for score in after.values())
+    done = subprocess.run([*script, *words, "--pooling", "max"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith("error: --pooling must be one of cls, mean, got 'max'\n")
+
+
+def test_a_word_level_encoder_has_no_subwords(tmp_path):
+    pretrained.binarise(tmp_path / "data", [source for source, _, _ in pairs_of("words", 60)])
+    sizes = "--encoder-layers 1 --encoder-embed-dim 16 --encoder-ffn-embed-dim 24 --encoder-attention-heads 2".split()
+    runs.train(
+        tmp_path / "data", tmp_path / "run", "--arch", "roberta", *sizes, "--task", "sentence_embedding", "--criterion",
+        "mirror", "--batch-size", "8", "--max-update", "1", "--optimizer", "adam",
+    )  # fmt: skip
+    encoder = SentenceEncoder(tmp_path / "run" / "checkpoint_last.pt")
+    assert encoder.bpe is None and encoder.max_length == 50
+    words = pairs_of("words", 1)[0][0]
+    number = encoder.dictionary.index(words.split()[1])
+    assert number != encoder.dictionary.unk() and encoder._tokens(words)[2] == number
+
+
+def test_what_is_missing_is_named(converted, data, tmp_path):
+    folder, *_ = converted
+    with pytest.raises(ConfigurationError, match=r"there is no checkpoint .*nothing\.pt \(--checkpoint\)"):
+        SentenceEncoder(tmp_path / "nothing.pt")
+    alone = tmp_path / "model.pt"
+    state = torch.load(folder / "model.pt")
+    state["cfg"]["task"]["data"] = state["cfg"]["bpe"]["tokenizer_file"] = str(tmp_path / "elsewhere")
+    torch.save(state, alone)
+    with pytest.raises(ConfigurationError, match=r"none of .*dict\.txt.* is there; name the dictionary"):
+        SentenceEncoder(alone)
+    with pytest.raises(ConfigurationError, match=r"there is no tokenizer file .*elsewhere, the checkpoint's"):
+        SentenceEncoder(alone, dictionary=folder / "dict.txt")
+    with pytest.raises(ConfigurationError, match=r"there is no tokenizer file .*nowhere\.json"):
+        SentenceEncoder(alone, dictionary=folder / "dict.txt", tokenizer_file=tmp_path / "nowhere.json")
+    assert SentenceEncoder(alone, dictionary=folder / "dict.txt", tokenizer_file=folder / "tokenizer.json")
+    with pytest.raises(ConfigurationError, match=r"--sets must be among STS12, .*, got 'STS17'"):
+        evaluate(SentenceEncoder(folder / "model.pt"), data, ["STS17"])
+    other = {**state, "model": {"weight": torch.zeros(1)}}
+    torch.save(other, alone)
+    with pytest.raises(ConfigurationError, match="is of no RoBERTa or BERT encoder"):
+        SentenceEncoder(alone)
