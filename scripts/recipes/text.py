@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scripts.recipes.recipe import ROOT
 
-NUM_SPECIAL = 4  # <s>, <pad>, </s> and <unk> of a fairseq dictionary
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # what every dictionary of fairseq begins with
 
 
 class CorpusError(ValueError):
@@ -38,8 +38,8 @@ def write_dictionary(path: Path, sentences: Iterable[Sequence[str]], num_words: 
         sentences: words of the training part.
         num_words: size of the vocabulary, fairseq's four special symbols included.
     """
-    counts = Counter(word for sentence in sentences for word in sentence)
-    kept = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[: num_words - NUM_SPECIAL]
+    counts = Counter(word for sentence in sentences for word in sentence if word not in SPECIAL)
+    kept = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[: num_words - len(SPECIAL)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{word} {count}\n" for word, count in kept), encoding="utf-8")
 

@@ -30,7 +30,8 @@ def write_ptb(folder: Path, num_lines: int = 60) -> None:
     rng = random.Random(0)
     for name, number in (("train", num_lines), ("valid", 12), ("test", 12)):
         lines = [
-            " " + " ".join(rng.choice(OTHER + GOOD) for _ in range(rng.randint(3, 20))) + " \n" for _ in range(number)
+            " " + " ".join(rng.choice([*OTHER, *GOOD, "<unk>", "N"]) for _ in range(rng.randint(3, 20))) + " \n"
+            for _ in range(number)
         ]
         (folder / "ptb" / f"ptb.{name}.txt").write_text("".join(lines), encoding="utf-8")
 
