@@ -4,6 +4,7 @@
     make_table.py                                       # all recipes, as Markdown
     make_table.py ga_sam_table1_imdb --size mini --format latex
     make_table.py ga_sam_table1_imdb --obtained runs/ga_sam_table1_imdb/mini/obtained.tsv
+    make_table.py --readme                              # those of the recipes' READMEs, and docs/results.md
 
 The p-value is that of a paired t-test over seeds; for BLEU of sacreBLEU's paired bootstrap, the largest over seeds.
 """
@@ -19,6 +20,15 @@ from scripts.recipes.obtained import read_rows  # noqa: E402
 from scripts.recipes.recipe import RecipeError, column_names, read_recipe, recipe_folders  # noqa: E402
 from scripts.recipes.tables import FORMATS, cells, table_rows  # noqa: E402
 
+RESULTS = ROOT / "docs" / "results.md"
+HEAD = """# Results
+
+What was run of the [recipes](../README.md#reproducing-the-papers) so far: means ± standard deviations over seeds, the
+difference to the baseline (↑ better, ↓ worse), the p-value of a paired test (over seeds; for BLEU sacreBLEU's
+bootstrap), forward-backward passes per update, time of training. `--size mini` is far smaller than the paper, so that
+its numbers compare methods, not models: the paper's are beside them for their differences. Each run's settings,
+versions and hardware are in the recipe's `obtained.tsv`. Made by `scripts/make_table.py --readme`.
+"""
 BEGIN, END = "<!-- table: made by scripts/make_table.py --readme -->", "<!-- end of table -->"
 
 
@@ -31,14 +41,16 @@ def main() -> None:
     parser.add_argument("--size", default="mini", help="mini or paper; default mini")
     parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument("--obtained", type=Path, help="file of runs; default obtained.tsv in the recipe's folder")
-    parser.add_argument("--readme", action="store_true", help="write the tables of all sizes into the recipes' READMEs")
+    parser.add_argument("--readme", action="store_true", help="write READMEs' tables and docs/results.md")
     parser.add_argument("--output", type=Path, help="file to write; default standard output")
     args = parser.parse_args()
     if args.obtained and len(args.recipes) != 1:
         raise SystemExit(f"error: --obtained goes with one recipe, got {len(args.recipes)}")
     try:
-        for folder in args.recipes or recipe_folders() if args.readme else []:
-            write_readme(read_recipe(folder, "mini").folder)
+        if args.readme:
+            for folder in args.recipes or recipe_folders():
+                write_readme(read_recipe(folder, "mini").folder)
+            RESULTS.write_text(results(), encoding="utf-8")
         texts = [table(folder, args.size, args.format, args.obtained) for folder in args.recipes or recipe_folders()]
     except RecipeError as error:
         raise SystemExit(f"error: {error}") from None
@@ -68,9 +80,23 @@ def write_readme(folder: Path) -> None:
     _, end, after = rest.partition(END)
     if not end:
         raise RecipeError(f"{path} needs the lines {BEGIN} and {END}, between which the table goes")
-    run = {row["size"] for row in read_rows(folder / "obtained.tsv")} or {"mini"}
-    tables = "\n".join(table(folder, size, "markdown") for size in sorted(run))
+    tables = "\n".join(table(folder, size, "markdown") for size in _sizes_run(folder) or ["mini"])
     path.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}", encoding="utf-8")
+
+
+def results() -> str:
+    """A page with the tables of all recipes that were run."""
+    parts = [HEAD]
+    for folder in recipe_folders():
+        sizes = _sizes_run(folder)
+        if sizes:
+            tables = "\n".join(table(folder, size, "markdown") for size in sizes)
+            parts.append(f"## [{folder.name}](../examples/{folder.name}/README.md)\n\n{tables}")
+    return "\n".join(parts)
+
+
+def _sizes_run(folder: Path) -> list[str]:
+    return sorted({row["size"] for row in read_rows(folder / "obtained.tsv")})
 
 
 if __name__ == "__main__":
