@@ -8,15 +8,11 @@ Reads ``glue/STS-B`` and ``sts`` below ``--data`` (scripts/recipes/sts.py says w
 import argparse
 import logging
 import re
-import shutil
 import sys
 import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from scripts.recipes.subwords import TokenizerFile
-from scripts.recipes.text import write_indexed
 
 LAYER = re.compile(r"encoder\.sentence_encoder\.layers\.(\d+)\.")
 
@@ -37,16 +33,16 @@ def main() -> None:
     logging.disable(logging.WARNING)
     from fairseq_sam.adapter.encoders import convert_encoder
     from fairseq_sam.adapter.errors import UserError
-    from scripts.recipes.sts import copy_sets, training_sentences
+    from scripts.recipes.sts import binarise_sentences, copy_sets, training_sentences
 
     encoder = args.out / "encoder"
     try:
-        copy_sets(args.data, args.out / "corpora")
         sentences = training_sentences(args.data, args.num_sentences, args.sample_seed)
         convert_encoder(args.encoder, encoder)
         if args.layers is not None:
             keep_layers(encoder / "model.pt", args.layers)
-        binarise(sentences, encoder, args.out / "data-bin")
+        copy_sets(args.data, args.out / "corpora")
+        binarise_sentences(sentences, encoder, args.out / "data-bin")
     except (ValueError, OSError, UserError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"train: {len(sentences)} sentences")
@@ -73,19 +69,6 @@ def keep_layers(checkpoint: Path, number: int) -> None:
         del state["model"][name]
     state["cfg"]["model"]["encoder_layers"] = number
     torch.save(state, checkpoint)
-
-
-def binarise(sentences: list[str], encoder: Path, out: Path) -> None:
-    """Write the sentences' subwords as the numbers of the encoder's dictionary."""
-    from fairseq.data import Dictionary
-
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(encoder / "dict.txt", out / "dict.txt")
-    dictionary, tokenize = Dictionary.load(str(out / "dict.txt")), TokenizerFile(encoder / "tokenizer.json")
-    numbers = (
-        dictionary.encode_line(tokens, line_tokenizer=list, add_if_not_exist=False) for tokens in tokenize(sentences)
-    )
-    write_indexed(out / "train", numbers, len(dictionary))
 
 
 if __name__ == "__main__":

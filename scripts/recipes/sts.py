@@ -29,7 +29,8 @@ from torch import Tensor
 from fairseq_sam.adapter.errors import ConfigurationError
 from fairseq_sam.criterions.mirror import POOLINGS, pooled
 from fairseq_sam.tasks.sentence_embedding import SentenceEmbeddingConfig, SentenceEmbeddingTask
-from scripts.recipes.text import CorpusError, find_file, read_lines
+from scripts.recipes.subwords import TokenizerFile
+from scripts.recipes.text import CorpusError, find_file, read_lines, write_indexed
 
 POSITIONS = "encoder.sentence_encoder.embed_positions.weight"
 FIRST_POSITION = 2  # fairseq's positions begin after the padding's number
@@ -104,6 +105,22 @@ def training_sentences(data: Path, number: int, seed: int) -> list[str]:
     sentences = [sentence for pair in zip(pairs.first, pairs.second, strict=True) for sentence in pair]
     random.Random(seed).shuffle(sentences)
     return sentences[:number]
+
+
+def binarise_sentences(sentences: Sequence[str], encoder: Path, out: Path) -> None:
+    """Write sentences' subwords as ``--task sentence_embedding`` reads them: ``train`` and ``dict.txt``.
+
+    Args:
+        sentences: raw text.
+        encoder: folder that ``convert_encoder.py`` has written: ``dict.txt``, ``tokenizer.json``.
+        out: folder to write.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(encoder / "dict.txt", out / "dict.txt")
+    dictionary, tokenize = Dictionary.load(str(out / "dict.txt")), TokenizerFile(encoder / "tokenizer.json")
+    lines = tokenize(list(sentences))
+    numbers = (dictionary.encode_line(line, line_tokenizer=list, add_if_not_exist=False) for line in lines)
+    write_indexed(out / "train", numbers, len(dictionary))
 
 
 def copy_sets(data: Path, out: Path) -> None:
