@@ -32,13 +32,13 @@ def find_folder(data: Path) -> Path:
     raise CorpusError(f"{data} has neither {FOLDERS[0]} nor {FOLDERS[1]}; --data must name the folder of the corpora")
 
 
-def read_pairs(folder: Path, split: str) -> list[tuple[str, str]]:
-    """Sentence pairs of a split; those with an empty side are left out of the training part."""
+def read_pairs(folder: Path, split: str, number: int | None = None) -> list[tuple[str, str]]:
+    """The first sentence pairs of a split, default all; those with an empty side are left out of the training part."""
     sides = [read_lines(folder, f"{split}.{language}") for language in LANGUAGES]
     if len(sides[0]) != len(sides[1]):
         raise CorpusError(f"{folder}: {split} has {len(sides[0])} German and {len(sides[1])} English lines")
     pairs = [(german.strip(), english.strip()) for german, english in zip(*sides, strict=True)]
-    return [pair for pair in pairs if all(pair)] if split.startswith("train") else pairs
+    return ([pair for pair in pairs if all(pair)] if split.startswith("train") else pairs)[:number]
 
 
 def merges(folder: Path, pairs: list[tuple[str, str]], number: int) -> list[str]:
@@ -57,12 +57,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write data-bin into")
     parser.add_argument("--num-merges", type=int, default=10000, help="joint merges, where the corpus has none")
     parser.add_argument("--max-words", type=int, default=175, help="longest side of a training pair, in subwords")
+    parser.add_argument("--num-valid", type=int, help="validation pairs, the first; default all")
+    parser.add_argument("--num-test", type=int, help="test pairs, the first; default all")
     args = parser.parse_args()
     try:
         folder = find_folder(args.data)
         is_whole = any((folder / f"train.de{ending}").exists() for ending in ("", ".xz"))
         pairs = {"train": read_pairs(folder, "train" if is_whole else "train_sample")}
-        pairs |= {split: read_pairs(folder, split) for split in ("valid", "test")}
+        pairs |= {
+            "valid": read_pairs(folder, "valid", args.num_valid),
+            "test": read_pairs(folder, "test", args.num_test),
+        }
         encoder = BPE(io.StringIO("\n".join(merges(folder, pairs["train"], args.num_merges)) + "\n"))
         for split, lines in pairs.items():
             write_split(args.out, split, lines, encoder, args.max_words if split == "train" else sys.maxsize)

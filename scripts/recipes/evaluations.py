@@ -84,11 +84,31 @@ def glue(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
     return scores
 
 
+def sts(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
+    """Spearman's correlation, times 100, on seven sets and on average (``avg.``), of the last checkpoint.
+
+    That on the development set of STS-B is ``valid``.
+    """
+    from scripts.recipes.sts import DEVELOPMENT, SentenceEncoder, evaluate
+
+    data = Path(settings["data"])
+    encoder = SentenceEncoder(
+        run / "checkpoint_last.pt",
+        dictionary=data / "data-bin" / "dict.txt",
+        tokenizer_file=data / "encoder" / "tokenizer.json",
+        max_length=settings["evaluation"]["max_length"],
+        device="cuda" if torch.cuda.is_available() and not device else "cpu",
+    )
+    valid = evaluate(encoder, data / "corpora", [DEVELOPMENT])[DEVELOPMENT]
+    return {**evaluate(encoder, data / "corpora"), "valid": valid}
+
+
 EVALUATIONS: dict[str, Callable[[Path, dict[str, Any], list[str]], Scores]] = {
     "classification": classification,
     "perplexity": perplexity,
     "translation": translation,
     "glue": glue,
+    "sts": sts,
 }
 
 

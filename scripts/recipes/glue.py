@@ -4,13 +4,14 @@ import json
 import lzma
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.recipes.glue_tasks import TASKS, GlueTask, Instance, Record
 from scripts.recipes.samples import sample, sample_size
 from scripts.recipes.subwords import Tokenize, tokens_of_span
+from scripts.recipes.text import write_indexed
 
 __all__ = [
     "TASKS", "Contents", "GlueTask", "Prepared", "find_file", "find_files", "prepare", "read_description", "read_file",
@@ -281,7 +282,7 @@ class _Writer:
             rows = [self._numbers(tokens) for tokens in lines]
             num_tokens += sum(len(row) - 1 for row in rows)
             num_unknown += sum(int(row.eq(self._dictionary.unk()).sum()) for row in rows)
-            _write_indexed(self._out / f"input{number}" / split, rows, len(self._dictionary))
+            write_indexed(self._out / f"input{number}" / split, rows, len(self._dictionary))
         for number in range(len(instances[0].spans)):
             self._write_spans(number, split, instances)
         self._write_answers(split, [instance.answer for instance in instances])
@@ -316,16 +317,7 @@ class _Writer:
             prefix.with_name(f"{split}.label").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         else:
             rows = (self._labels.encode_line([a], line_tokenizer=list, add_if_not_exist=False) for a in answers)
-            _write_indexed(prefix, rows, len(self._labels))
-
-
-def _write_indexed(prefix: Path, rows: Iterable[Any], num_symbols: int) -> None:
-    from fairseq.data import indexed_dataset
-
-    builder = indexed_dataset.make_builder(f"{prefix}.bin", impl="mmap", vocab_size=num_symbols)
-    for row in rows:
-        builder.add_item(row)
-    builder.finalize(f"{prefix}.idx")
+            write_indexed(prefix, rows, len(self._labels))
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -63,18 +63,24 @@ class Job:
         return data_folder(self.recipe, self.out)
 
     @cached_property
-    def folder(self) -> Path:
-        """Where the run is."""
+    def key(self) -> tuple[Path, str, int]:
+        """What jobs with the same settings and seed, which are one run, have in common."""
         scoring = [self.recipe.evaluate, *([dict(self.recipe.evaluation)] if self.recipe.evaluation else [])]
         settings = json.dumps([self.flags, dict(self.recipe.options), *scoring], sort_keys=True)
+        return self.data.parent / "runs", _digest(settings), self.seed
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the run is."""
+        parent, settings, seed = self.key
         slug = re.sub(r"\W+", "-", self.method.lower()).strip("-")
-        return self.data.parent / "runs" / f"{_digest(settings)}-{slug}" / f"seed{self.seed}"
+        return parent / f"{settings}-{slug}" / f"seed{seed}"
 
     @cached_property
     def run(self) -> Path:
-        """The folder of a run with these settings: of another name where another table has made it."""
-        key, parent = self.folder.parent.name.partition("-")[0], self.folder.parent.parent
-        made = sorted(path for path in parent.glob(f"{key}-*/seed{self.seed}") if (path / SETTINGS).exists())
+        """The folder of a run with these settings: of another name where another table or row has made it."""
+        parent, settings, seed = self.key
+        made = sorted(path for path in parent.glob(f"{settings}-*/seed{seed}") if (path / SETTINGS).exists())
         return made[0] if made else self.folder
 
     def training(self) -> list[str]:

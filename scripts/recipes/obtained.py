@@ -38,7 +38,7 @@ def record_job(job: Job, tables: Sequence[Path]) -> None:
     kept = job.run / ROW
     if not kept.exists():  # as it was when the run ended, also for a later table
         kept.write_text(json.dumps(_measured(job), indent=1) + "\n", encoding="utf-8")
-    row = json.loads(kept.read_text(encoding="utf-8"))
+    row = json.loads(kept.read_text(encoding="utf-8")) | _scored(job)
     row |= {"size": job.recipe.size, "column": job.recipe.column, "method": job.method, "seed": str(job.seed)}
     row["flags"] = _method_flags(job)
     for table in tables:
@@ -46,12 +46,17 @@ def record_job(job: Job, tables: Sequence[Path]) -> None:
         _put(table, {"p_value": "".join(earlier), **row}, list(job.recipe.methods))
 
 
+def _scored(job: Job) -> dict[str, str]:
+    """The table's metric, and what the development set says: of this metric, of the run, or its lowest loss."""
+    scores, metric = job.scores or {}, job.recipe.metric.name
+    valid = [scores[name] for name in (f"valid_{metric}", "valid") if name in scores]
+    best = valid[0] if valid else training_summary(job.run)["best_valid"]
+    return {"metric": metric, "value": f"{scores[metric]:.6g}", "valid": f"{best:.6g}"}
+
+
 def _measured(job: Job) -> dict[str, str]:
-    scores, metric, summary = job.scores or {}, job.recipe.metric.name, training_summary(job.run)
+    summary = training_summary(job.run)
     return {
-        "metric": metric,
-        "value": f"{scores[metric]:.6g}",
-        "valid": f"{scores.get(f'valid_{metric}', summary['best_valid']):.6g}",
         "seconds": f"{summary['seconds']:.0f}",
         "updates": f"{summary['updates']:.0f}",
         "epochs": f"{summary['epochs']:.0f}",

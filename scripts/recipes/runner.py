@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,16 +67,17 @@ def run_table(
         for recipe in recipes
         for method in methods or recipe.methods
     ]
+    firsts = [rows[0] for rows in _by_run(jobs)]
     if dry_run:
-        every = [*_starts(jobs), *jobs]
-        commands = [command for job in every for command in job.commands()]
-        for command in (*(preparation(recipe, data, out) for recipe in recipes), *commands):
+        preparations = {data_folder(recipe, out): preparation(recipe, data, out) for recipe in recipes}
+        commands = [command for job in (*_starts(firsts), *firsts) for command in job.commands()]
+        for command in (*preparations.values(), *commands):
             print(shlex.join(command))
         return
     for recipe in recipes:
         _prepare(recipe, data, out)
     tables = [out / first.name / first.size / "obtained.tsv", *([first.folder / "obtained.tsv"] if record else [])]
-    _Runs(_starts(jobs), num_jobs or num_gpus or 1, num_gpus, []).run()
+    _Runs(_starts(firsts), num_jobs or num_gpus or 1, num_gpus, []).run()
     _Runs(jobs, num_jobs or num_gpus or 1, num_gpus, tables).run()
     write_significance(jobs, tables)
     print(f"written: {', '.join(map(str, tables))}")
@@ -107,13 +109,22 @@ def _starts(jobs: Sequence[Job]) -> list[Job]:
     return list({start.run: start for start in starts if start is not None}.values())
 
 
-def _outcome(job: Job) -> str:
-    metric = job.recipe.metric.name
-    return f"{metric} {job.scores[metric]:.4g}" if job.scores else f"the first {job.until} epochs are done"
+def _by_run(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Rows of the tables by run: columns may differ by the metric alone, methods have the same settings."""
+    found: dict[Any, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(job.key, []).append(job)
+    return list(found.values())
+
+
+def _outcome(job: Job, metrics: Sequence[str]) -> str:
+    if not job.scores:
+        return f"the first {job.until} epochs are done"
+    return ", ".join(f"{metric} {job.scores[metric]:.4g}" for metric in metrics)
 
 
 class _Runs:
-    """Jobs on devices.
+    """Jobs on devices, those with the same settings once.
 
     Args:
         jobs: the jobs, in the order of their beginning.
@@ -123,7 +134,8 @@ class _Runs:
     """
 
     def __init__(self, jobs: Sequence[Job], num_jobs: int, num_gpus: int, tables: Sequence[Path]) -> None:
-        self._jobs, self._num_jobs, self._tables = jobs, num_jobs, tables
+        self._rows = {rows[0]: rows for rows in _by_run(jobs)}
+        self._num_jobs, self._tables = num_jobs, tables
         self._devices: queue.Queue[int | None] = queue.Queue()
         for number in range(num_jobs):
             self._devices.put(number % num_gpus if num_gpus else None)
@@ -133,14 +145,14 @@ class _Runs:
         self._begin = time.monotonic()
 
     def run(self) -> None:
-        for job in self._jobs:
+        for job in self._rows:
             if job.scores is not None:
-                record_job(job, self._tables)
-        waiting = [job for job in self._jobs if job.scores is None]
-        total, failed = len(self._jobs), []
+                self._record(job)
+        waiting = [job for job in self._rows if job.scores is None]
+        total, failed = len(self._rows), []
         if not total:
             return
-        kind = "shared beginnings" if self._jobs[0].until is not None else "runs"
+        kind = "shared beginnings" if next(iter(self._rows)).until is not None else "runs"
         print(f"{total} {kind}, {total - len(waiting)} of them done", flush=True)
         with ThreadPoolExecutor(self._num_jobs) as pool:
             futures: dict[Future[None], Job] = {pool.submit(self._run_job, job): job for job in waiting}
@@ -150,8 +162,9 @@ class _Runs:
                     for future in finished:
                         job = futures.pop(future)
                         if future.exception() is None:
-                            record_job(job, self._tables)
-                            self._show(job, _outcome(job))
+                            self._record(job)
+                            metrics = dict.fromkeys(row.recipe.metric.name for row in self._rows[job])
+                            self._show(job, _outcome(job, list(metrics)))
                         else:
                             failed.append(f"{job.method}, seed {job.seed}: {future.exception()}")
                             self._show(job, "failed")
@@ -164,6 +177,10 @@ class _Runs:
             raise RunError(
                 f"{len(failed)} of {total} runs failed; the same command tries them again\n" + "\n".join(failed)
             )
+
+    def _record(self, job: Job) -> None:
+        for row in self._rows[job]:
+            record_job(row, self._tables)
 
     def _run_job(self, job: Job) -> None:
         device = self._devices.get()
@@ -203,7 +220,9 @@ class _Runs:
 
     def _show(self, job: Job, text: str) -> None:
         clock = timedelta(seconds=int(time.monotonic() - self._begin))
-        name = " ".join(part for part in (job.recipe.name, job.recipe.column, job.method) if part)
+        columns = {row.recipe.column for row in self._rows[job]}
+        column = job.recipe.column if len(columns) == 1 else ""
+        name = " ".join(part for part in (job.recipe.name, column, job.method) if part)
         print(f"[{clock}] {name}, seed {job.seed}: {text}", flush=True)
 
     def _report(self, num_done: int, total: int) -> None:

@@ -13,6 +13,7 @@ pairs of a year, its parts together. They lie in a folder of corpora, plain or `
 
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ from torch import Tensor
 from fairseq_sam.adapter.errors import ConfigurationError
 from fairseq_sam.criterions.mirror import POOLINGS, pooled
 from fairseq_sam.tasks.sentence_embedding import SentenceEmbeddingConfig, SentenceEmbeddingTask
-from scripts.recipes.text import CorpusError, read_lines
+from scripts.recipes.subwords import TokenizerFile
+from scripts.recipes.text import CorpusError, find_file, read_lines, write_indexed
 
 POSITIONS = "encoder.sentence_encoder.embed_positions.weight"
 FIRST_POSITION = 2  # fairseq's positions begin after the padding's number
@@ -103,6 +105,38 @@ def training_sentences(data: Path, number: int, seed: int) -> list[str]:
     sentences = [sentence for pair in zip(pairs.first, pairs.second, strict=True) for sentence in pair]
     random.Random(seed).shuffle(sentences)
     return sentences[:number]
+
+
+def binarise_sentences(sentences: Sequence[str], encoder: Path, out: Path) -> None:
+    """Write sentences' subwords as ``--task sentence_embedding`` reads them: ``train`` and ``dict.txt``.
+
+    Args:
+        sentences: raw text.
+        encoder: folder that ``convert_encoder.py`` has written: ``dict.txt``, ``tokenizer.json``.
+        out: folder to write.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(encoder / "dict.txt", out / "dict.txt")
+    dictionary, tokenize = Dictionary.load(str(out / "dict.txt")), TokenizerFile(encoder / "tokenizer.json")
+    lines = tokenize(list(sentences))
+    numbers = (dictionary.encode_line(line, line_tokenizer=list, add_if_not_exist=False) for line in lines)
+    write_indexed(out / "train", numbers, len(dictionary))
+
+
+def copy_sets(data: Path, out: Path) -> None:
+    """Copy all sets into another folder of corpora, so that an evaluation finds them there.
+
+    Args:
+        data: folder of the corpora.
+        out: folder to write.
+
+    Raises:
+        CorpusError: if a set is not there.
+    """
+    for layout in LAYOUTS.values():
+        path = find_file(data / layout.folder, layout.file)
+        (out / layout.folder).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / layout.folder / path.name)
 
 
 def rank_correlation(first: Tensor, second: Tensor, scores: Sequence[float]) -> float:

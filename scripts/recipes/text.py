@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from scripts.recipes.recipe import ROOT
 
@@ -16,18 +17,28 @@ class CorpusError(ValueError):
     """A corpus is not where it should be, or not what it should be."""
 
 
-def read_lines(folder: Path, name: str) -> list[str]:
-    """Lines of a file, plain or ``.xz``, in UTF-8; only line feeds end a line.
+def find_file(folder: Path, name: str) -> Path:
+    """Find a file of a corpus, plain or ``.xz``.
 
     Raises:
         CorpusError: names the folder and the file, if there is none.
     """
     for path in (folder / name, folder / f"{name}.xz"):
         if path.exists():
-            opened = lzma.open(path, "rt", encoding="utf-8", newline="\n") if path.suffix == ".xz" else None
-            with opened or path.open(encoding="utf-8", newline="\n") as file:
-                return file.read().removesuffix("\n").split("\n")
+            return path
     raise CorpusError(f"{folder} has neither {name} nor {name}.xz; --data must name the folder of the corpora")
+
+
+def read_lines(folder: Path, name: str) -> list[str]:
+    """Lines of a file, plain or ``.xz``, in UTF-8; only line feeds end a line.
+
+    Raises:
+        CorpusError: if there is none.
+    """
+    path = find_file(folder, name)
+    opened = lzma.open(path, "rt", encoding="utf-8", newline="\n") if path.suffix == ".xz" else None
+    with opened or path.open(encoding="utf-8", newline="\n") as file:
+        return file.read().removesuffix("\n").split("\n")
 
 
 def write_dictionary(path: Path, sentences: Iterable[Sequence[str]], num_words: int) -> None:
@@ -59,3 +70,19 @@ def binarise(texts: dict[str, Path], out: Path, dictionary: Path | None = None) 
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise CorpusError("fairseq-preprocess failed:\n" + "\n".join(done.stderr.strip().splitlines()[-10:]))
+
+
+def write_indexed(prefix: Path, rows: Iterable[Any], num_symbols: int) -> None:
+    """Write sentences of numbers as fairseq reads them.
+
+    Args:
+        prefix: the files' path without ``.bin`` and ``.idx``.
+        rows: integer tensors, each with the end symbol at its end.
+        num_symbols: size of the dictionary.
+    """
+    from fairseq.data import indexed_dataset
+
+    builder = indexed_dataset.make_builder(f"{prefix}.bin", impl="mmap", vocab_size=num_symbols)
+    for row in rows:
+        builder.add_item(row)
+    builder.finalize(f"{prefix}.idx")

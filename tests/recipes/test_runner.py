@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,7 +15,7 @@ pytest.importorskip("fairseq", reason="recipes run fairseq's commands")
 from scripts.recipes import obtained, runner
 from scripts.recipes.jobs import LOG, SCORES, SETTINGS, Job, data_folder, log_lines, progress_of, training_summary
 from scripts.recipes.obtained import read_rows
-from scripts.recipes.recipe import EXAMPLES, ROOT, read_recipe
+from scripts.recipes.recipe import EXAMPLES, ROOT, Metric, read_recipe
 from scripts.recipes.runner import RunError, run_table
 from tests.adapter import runs
 from tests.recipes import corpora
@@ -151,7 +152,7 @@ class FakeProcess:
         self.seen.append((command[2], self._device, "--cpu" in command, env["OMP_NUM_THREADS"]))
         self.running.append(self._device)
         if command[2].endswith("evaluations"):
-            Path(command[3], SCORES).write_text('{"accuracy": 50.0}')
+            Path(command[3], SCORES).write_text('{"accuracy": 50.0, "f1": 60.0, "valid_f1": 70.0, "valid": 80.0}')
 
     def wait(self):
         time.sleep(0.05)
@@ -159,20 +160,56 @@ class FakeProcess:
         return 0
 
 
-def test_jobs_take_turns_on_the_gpus(tmp_path, monkeypatch):
-    recipe, data = small(tmp_path, "ga_sam_table1_imdb", IMDB)
-    done = data_folder(recipe, tmp_path / "out") / "done"
-    done.parent.mkdir(parents=True)
-    done.touch()
+@pytest.fixture
+def fake_commands(tmp_path, monkeypatch):
+    """Nothing is prepared, trained and scored, on two GPUs."""
+
+    def begin(recipe):
+        done = data_folder(recipe, tmp_path / "out") / "done"
+        done.parent.mkdir(parents=True)
+        done.touch()
+
     monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(obtained, "hardware", lambda cpu: "a GPU")
     monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=FakeProcess))
     FakeProcess.seen.clear()
+    return begin
+
+
+def test_jobs_take_turns_on_the_gpus(tmp_path, fake_commands):
+    recipe, data = small(tmp_path, "ga_sam_table1_imdb", IMDB)
+    fake_commands(recipe)
     run_table([recipe], data=data, out=tmp_path / "out")
     assert len(FakeProcess.seen) == 8 and {device for _, device, _, _ in FakeProcess.seen} == {"0", "1"}
     assert not any(cpu for _, _, cpu, _ in FakeProcess.seen)
     rows = read_rows(tmp_path / "out" / recipe.name / "mini" / "obtained.tsv")
     assert [row["value"] for row in rows] == ["50"] * 4 and {row["hardware"] for row in rows} == {"a GPU"}
+
+
+def test_rows_with_the_same_settings_are_one_run(tmp_path, fake_commands, capsys):
+    """Columns that differ by the metric, and a method under two names."""
+    methods = {**IMDB, "The same": IMDB["GA-SAM"]}
+    recipe, data = small(tmp_path, "ga_sam_table1_imdb", methods)
+    columns = [replace(recipe, column=name, metric=Metric(name)) for name in ("accuracy", "f1")]
+    fake_commands(recipe)
+    run_table(columns, data=data, out=tmp_path / "out", seeds=[1])
+    commands = [command for command, *_ in FakeProcess.seen]
+    assert sorted(commands) == sorted(2 * ["fairseq_cli.train", "scripts.recipes.evaluations"])
+    output = capsys.readouterr().out
+    assert "2 runs, 0 of them done" in output and "Baseline, seed 1: accuracy 50, f1 60" in output
+    table = tmp_path / "out" / recipe.name / "mini" / "obtained.tsv"
+    rows = [(row["column"], row["metric"], row["method"], row["value"], row["valid"]) for row in read_rows(table)]
+    assert rows == [
+        (name, name, method, value, valid)
+        for name, value, valid in (("accuracy", "50", "80"), ("f1", "60", "70"))
+        for method in methods
+    ]
+    content = table.read_text()
+    run_table(columns, data=data, out=tmp_path / "out", seeds=[1])
+    assert len(FakeProcess.seen) == 4 and table.read_text() == content
+    assert "2 runs, 2 of them done" in capsys.readouterr().out
+    run_table(columns, data=data, out=tmp_path / "other", seeds=[1], dry_run=True)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * 2  # a preparation, two trainings and evaluations
 
 
 def test_missing_corpus_and_unknown_method(tmp_path):
