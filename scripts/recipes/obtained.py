@@ -40,18 +40,27 @@ def record_job(job: Job, tables: Sequence[Path]) -> None:
         kept.write_text(json.dumps(_measured(job), indent=1) + "\n", encoding="utf-8")
     row = json.loads(kept.read_text(encoding="utf-8"))
     row |= {"size": job.recipe.size, "column": job.recipe.column, "method": job.method, "seed": str(job.seed)}
-    row["flags"] = _method_flags(job)
+    row |= {"flags": _method_flags(job), **_scored(job, row["valid"])}
     for table in tables:
         earlier = [each["p_value"] for each in read_rows(table) if _key(each) == _key(row)]
         _put(table, {"p_value": "".join(earlier), **row}, list(job.recipe.methods))
 
 
-def _measured(job: Job) -> dict[str, str]:
-    scores, metric, summary = job.scores or {}, job.recipe.metric.name, training_summary(job.run)
+def _scored(job: Job, best_valid: str) -> dict[str, str]:
+    """The score of the job's column, of which a run may have several (accuracy, F1)."""
+    scores, metric = job.scores or {}, job.recipe.metric.name
+    valid = scores.get(f"valid_{metric}")
     return {
         "metric": metric,
         "value": f"{scores[metric]:.6g}",
-        "valid": f"{scores.get(f'valid_{metric}', summary['best_valid']):.6g}",
+        "valid": best_valid if valid is None else f"{valid:.6g}",
+    }
+
+
+def _measured(job: Job) -> dict[str, str]:
+    summary = training_summary(job.run)
+    return {
+        "valid": f"{summary['best_valid']:.6g}",
         "seconds": f"{summary['seconds']:.0f}",
         "updates": f"{summary['updates']:.0f}",
         "epochs": f"{summary['epochs']:.0f}",

@@ -68,9 +68,10 @@ def run_table(
     ]
     if dry_run:
         every = [*_starts(jobs), *jobs]
-        commands = [command for job in every for command in job.commands()]
-        for command in (*(preparation(recipe, data, out) for recipe in recipes), *commands):
-            print(shlex.join(command))
+        commands = [preparation(recipe, data, out) for recipe in recipes]
+        commands += [command for job in every for command in job.commands()]
+        for line in dict.fromkeys(shlex.join(command) for command in commands):
+            print(line)
         return
     for recipe in recipes:
         _prepare(recipe, data, out)
@@ -133,11 +134,13 @@ class _Runs:
         self._begin = time.monotonic()
 
     def run(self) -> None:
+        same: dict[Path, list[Job]] = {}  # columns that show several scores of a run
         for job in self._jobs:
+            same.setdefault(job.run, []).append(job)
             if job.scores is not None:
                 record_job(job, self._tables)
-        waiting = [job for job in self._jobs if job.scores is None]
-        total, failed = len(self._jobs), []
+        waiting = [jobs[0] for jobs in same.values() if jobs[0].scores is None]
+        total, failed = len(same), []
         if not total:
             return
         kind = "shared beginnings" if self._jobs[0].until is not None else "runs"
@@ -150,8 +153,9 @@ class _Runs:
                     for future in finished:
                         job = futures.pop(future)
                         if future.exception() is None:
-                            record_job(job, self._tables)
-                            self._show(job, _outcome(job))
+                            for each in same[job.run]:
+                                record_job(each, self._tables)
+                                self._show(each, _outcome(each))
                         else:
                             failed.append(f"{job.method}, seed {job.seed}: {future.exception()}")
                             self._show(job, "failed")
