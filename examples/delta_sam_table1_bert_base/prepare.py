@@ -2,8 +2,8 @@
 """Prepare a task of GLUE or SuperGLUE for a pretrained encoder.
 
 Reads the task's official files in ``glue`` or ``superglue`` below ``--data``, puts the encoder into ``encoder``
-(``model.pt``, ``dict.txt`` and the files of its subwords; one of Hugging Face is converted) and writes ``data-bin``, and
-``transfer/TASK`` for each other task that the fine-tuned model is probed with.
+(``model.pt``, ``dict.txt`` and the files of its subwords; one of Hugging Face is converted) and writes ``data-bin``,
+and ``transfer/TASK`` for each other task that the fine-tuned model is probed with.
 """
 
 import argparse
