@@ -4,6 +4,7 @@ The encoder stays as it is. Its feature is the last layer's first token, as a cl
 mean 0 and standard deviation 1 over the other task's training split.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,8 @@ def probe(checkpoint: Path, folder: Folder, *, cpu: bool = False) -> dict[str, f
     model = make_pipeline(StandardScaler(), linear)
     model.fit(_features(checkpoint, folder, "train", cpu), folder.targets("train"))
     found = model.predict(_features(checkpoint, folder, "valid", cpu)).tolist()
-    targets = folder.targets("valid") or []
-    answers = [Prediction(number, *pair) for number, pair in enumerate(zip(targets, found, strict=True))]
-    scores = predictions.score(folder.task, answers)
+    pairs: Iterable[Any] = zip(folder.targets("valid") or (), found, strict=True)
+    scores = predictions.score(folder.task, [Prediction(n, target, answer) for n, (target, answer) in enumerate(pairs)])
     return {name: float("nan") if value is None else value for name, value in scores.items()}
 
 

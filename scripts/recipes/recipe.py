@@ -278,11 +278,13 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any], inherited: set[str]
     merged = {}
     for size in (*base, *(size for size in own if size not in base)):
         first, second = base.get(size) or {}, own.get(size) or {}
-        parts = {
-            key: {**(first.get(key) or {}), **(second.get(key) or {})} for key in ("options", "evaluation", "flags")
-        }
-        parts |= {key: second.get(key, first.get(key)) for key in ("rates", "seeds")}
-        parts |= {key: second.get(key) for key in ("methods", "columns")}
+        parts: dict[str, Any] = {}
+        for key in ("options", "evaluation", "flags"):
+            parts[key] = {**(first.get(key) or {}), **(second.get(key) or {})}
+        for key in ("rates", "seeds"):
+            parts[key] = second.get(key, first.get(key))
+        for key in ("methods", "columns"):
+            parts[key] = second.get(key)
         if "methods" in inherited:
             parts["methods"] = _added(first.get("methods"), second.get("methods"))
         if "columns" in inherited and first.get("columns"):

@@ -95,7 +95,8 @@ def average_rows(columns: Sequence[Sequence[Row]], expected: Path) -> list[Row]:
         columns: rows of each column, of the same methods in the same order.
         expected: file of the paper's figures.
     """
-    paper, rows = read_expected(expected, AVERAGE), []
+    paper = read_expected(expected, AVERAGE)
+    rows: list[Row] = []
     for same in zip(*columns, strict=True):
         seeds = sorted(set.intersection(*(set(row.values) for row in same)))
         values = {seed: statistics.fmean(row.values[seed] for row in same) for seed in seeds}
