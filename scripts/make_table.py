@@ -57,7 +57,9 @@ def table(folder: str | Path, size: str, form: str, obtained: Path | None = None
     columns = [table_rows(recipe, runs, expected) for recipe in recipes]
     named = [(recipe.column, rows, recipe.metric) for recipe, rows in zip(recipes, columns, strict=True)]
     if first.average:
-        what = f"{AVERAGE} of the {len(recipes)} above"
+        num_wanted = len(column_names(folder, "paper"))
+        others = f", the paper's of its {num_wanted}" if num_wanted > len(recipes) else ""
+        what = f"{AVERAGE} of the {len(recipes)} above{others}"
         own = [[row for row in rows if row.method in first.methods] for rows in columns]
         named.append((what, average_rows(own, expected), Metric(AVERAGE, digits=first.metric.digits)))
     parts = []
