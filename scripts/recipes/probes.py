@@ -28,7 +28,7 @@ def probe(checkpoint: Path, folder: Folder, *, cpu: bool = False) -> dict[str, f
         The other task's scores (times 100), NaN for a correlation that there is none of.
 
     Raises:
-        ValueError: if the checkpoint or the folder is not of sentence_prediction.
+        ValueError: if the folder is not of sentence_prediction.
     """
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
@@ -46,9 +46,7 @@ def probe(checkpoint: Path, folder: Folder, *, cpu: bool = False) -> dict[str, f
 
 
 def _features(checkpoint: Path, folder: Folder, split: str, cpu: bool) -> Any:
-    rows, trainer = predictions.outputs(checkpoint, folder.path, split, forward=_first_token, cpu=cpu)
-    if trainer != "sentence_prediction":
-        raise ValueError(f"{checkpoint} is of the task {trainer}; probes need one of sentence_prediction")
+    rows, _ = predictions.outputs(checkpoint, folder.path, split, forward=_first_token, cpu=cpu)
     return rows.numpy()
 
 

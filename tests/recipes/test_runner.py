@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,7 +15,7 @@ pytest.importorskip("fairseq", reason="recipes run fairseq's commands")
 from scripts.recipes import obtained, runner
 from scripts.recipes.jobs import LOG, SCORES, SETTINGS, Job, data_folder, log_lines, progress_of, training_summary
 from scripts.recipes.obtained import read_rows
-from scripts.recipes.recipe import EXAMPLES, ROOT, read_recipe
+from scripts.recipes.recipe import EXAMPLES, ROOT, Metric, read_recipe
 from scripts.recipes.runner import RunError, run_table
 from tests.adapter import runs
 from tests.recipes import corpora
@@ -151,7 +152,7 @@ class FakeProcess:
         self.seen.append((command[2], self._device, "--cpu" in command, env["OMP_NUM_THREADS"]))
         self.running.append(self._device)
         if command[2].endswith("evaluations"):
-            Path(command[3], SCORES).write_text('{"accuracy": 50.0}')
+            Path(command[3], SCORES).write_text('{"accuracy": 50.0, "f1": 25.0, "valid_f1": 20.0}')
 
     def wait(self):
         time.sleep(0.05)
@@ -173,6 +174,26 @@ def test_jobs_take_turns_on_the_gpus(tmp_path, monkeypatch):
     assert not any(cpu for _, _, cpu, _ in FakeProcess.seen)
     rows = read_rows(tmp_path / "out" / recipe.name / "mini" / "obtained.tsv")
     assert [row["value"] for row in rows] == ["50"] * 4 and {row["hardware"] for row in rows} == {"a GPU"}
+
+
+def test_columns_that_show_scores_of_the_same_runs(tmp_path, monkeypatch):
+    """Each run is trained and scored once, and each column gets its own score; also when started again."""
+    recipe, data = small(tmp_path, "ga_sam_table1_imdb", IMDB)
+    columns = [
+        replace(recipe, column=name, metric=Metric(metric)) for name, metric in (("MRPC", "accuracy"), ("F1", "f1"))
+    ]
+    (done := data_folder(recipe, tmp_path / "out") / "done").parent.mkdir(parents=True)
+    done.touch()
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=FakeProcess))
+    monkeypatch.setattr(FakeProcess, "seen", [])
+    table = tmp_path / "out" / recipe.name / "mini" / "obtained.tsv"
+    for _ in range(2):
+        run_table(columns, data=data, out=tmp_path / "out", cpu=True)
+        assert len(FakeProcess.seen) == 2 * 4, "two commands for each of two methods with two seeds"
+        found = {(row["column"], row["metric"], row["value"]) for row in read_rows(table)}
+        assert found == {("MRPC", "accuracy", "50"), ("F1", "f1", "25")} and len(read_rows(table)) == 8
+        assert {row["valid"] for row in read_rows(table) if row["column"] == "F1"} == {"20"}
+        table.unlink()
 
 
 def test_missing_corpus_and_unknown_method(tmp_path):
