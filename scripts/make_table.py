@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.recipes.obtained import read_rows  # noqa: E402
-from scripts.recipes.recipe import RecipeError, column_names, read_recipe, recipe_folders  # noqa: E402
-from scripts.recipes.tables import FORMATS, cells, table_rows  # noqa: E402
+from scripts.recipes.recipe import Metric, RecipeError, column_names, read_recipe, recipe_folders  # noqa: E402
+from scripts.recipes.tables import AVERAGE, FORMATS, average_rows, cells, table_rows  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results.md"
 HEAD = """# Results
@@ -63,13 +63,21 @@ def main() -> None:
 
 def table(folder: str | Path, size: str, form: str, obtained: Path | None = None) -> str:
     """One recipe's table, a part for each of its columns, with titles where the format has room for them."""
+    recipes = [read_recipe(folder, size, column) for column in column_names(folder, size)]
+    first = recipes[0]
+    expected, runs = first.folder / "expected.tsv", obtained or first.folder / "obtained.tsv"
+    columns = [table_rows(recipe, runs, expected) for recipe in recipes]
+    named = [(recipe.column, rows, recipe.metric) for recipe, rows in zip(recipes, columns, strict=True)]
+    if first.average:
+        num_wanted = len(column_names(folder, "paper"))
+        others = f", the paper's of its {num_wanted}" if num_wanted > len(recipes) else ""
+        what = f"{AVERAGE} of the {len(recipes)} above{others}"
+        own = [[row for row in rows if row.method in first.methods] for rows in columns]
+        named.append((what, average_rows(own, expected), Metric(AVERAGE, digits=first.metric.digits)))
     parts = []
-    for column in column_names(folder, size):
-        recipe = read_recipe(folder, size, column)
-        rows = table_rows(recipe, obtained or recipe.folder / "obtained.tsv", recipe.folder / "expected.tsv")
-        named = f", {column}" if column else ""
-        title = f"{recipe.paper}: {recipe.title}{named} (`--size {size}`)\n\n" if form == "markdown" else ""
-        parts.append(title + FORMATS[form](cells(rows, recipe.metric)))
+    for name, rows, metric in named:
+        title = f"{first.paper}: {first.title}{f', {name}' if name else ''} (`--size {size}`)\n\n"
+        parts.append((title if form == "markdown" else "") + FORMATS[form](cells(rows, metric)))
     return "\n".join(parts)
 
 

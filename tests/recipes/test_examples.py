@@ -1,6 +1,11 @@
 """Every recipe trains an update on generated corpora, with the settings of its mini size."""
 
-import subprocess
+import contextlib
+import io
+import logging
+import runpy
+import sys
+import warnings
 
 import pytest
 
@@ -17,7 +22,8 @@ from tests.recipes import corpora, glue_files
 
 FEWER = {"num_train": 40, "num_valid": 16, "num_test": 16, "num_lines": 40, "max_train": 24}
 SHORTER = {"tokens-per-sample": "16"}  # the generated Penn TreeBank is shorter than a batch of the real one
-MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+MINILM = {"layers": 6, "embed-dim": 384, "ffn-embed-dim": 1536, "attention-heads": 12}
+SMALLER = {"layers": 2, "embed-dim": 24, "ffn-embed-dim": 40, "attention-heads": 4}  # as pretrained.SIZES
 
 
 @pytest.fixture(scope="session")
@@ -27,15 +33,26 @@ def data(tmp_path_factory):
     corpora.write_ptb(folder)
     corpora.write_envi(folder)
     corpora.write_deen(folder)
-    for task in ("MRPC", "CoLA", "STS-B"):
+    for task in ("MRPC", "CoLA", "STS-B", "RTE"):
         glue_files.write_task(folder / "glue", task, num_train=30)
-    pretrained.write_original(folder / "encoder", "bert", max_position_embeddings=512, **MINILM)
+    glue_files.write_task(folder / "superglue", "WiC", num_train=30)
+    pretrained.write_original(folder / "encoder", "bert", max_position_embeddings=512)
     return folder
 
 
 @pytest.fixture(scope="session")
 def out(tmp_path_factory):
     return tmp_path_factory.mktemp("out")
+
+
+def prepare(recipe, data, out):
+    """Run the recipe's preparation, in this process: importing fairseq takes longer than the rest."""
+    script, *arguments = preparation(recipe, data, out)[1:]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", [script, *arguments])
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(logging.root.manager, "disable", logging.NOTSET)
+        runpy.run_path(script, run_name="__main__")
 
 
 @pytest.mark.slow
@@ -49,11 +66,14 @@ def test_one_update(name, data, out, monkeypatch):
     recipe = read_recipe(name, "mini", column, changed)
     job = Job(recipe, list(recipe.methods)[-1], 1, out, cpu=True)
     if not (job.data / "data-bin").exists():
-        subprocess.run(preparation(recipe, data, out), check=True, capture_output=True, cwd=runs.ROOT)
+        prepare(recipe, data, out)
     command = job.training()
     own = command[command.index("fairseq_cli.train") + 1 :]
     flags = [*own, "--max-update", "1", "--no-save", "--disable-validation"]
     flags += [word for flag, value in SHORTER.items() if flag in job.flags for word in (f"--{flag}", value)]
+    if "encoder" in options:
+        assert {key: job.flags[f"encoder-{key}"] for key in MINILM} == MINILM
+        flags += [word for key, value in SMALLER.items() for word in (f"--encoder-{key}", str(value))]
     job.run.mkdir(parents=True, exist_ok=True)
     cfg, updates, original = runs.configuration(flags), [], Trainer.set_num_updates
     monkeypatch.setattr(Trainer, "set_num_updates", lambda self, n: updates.append(n) or original(self, n))
