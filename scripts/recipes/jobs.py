@@ -13,6 +13,7 @@ from scripts.recipes.commands import PLUGIN
 from scripts.recipes.recipe import Flags, Recipe, command_line
 
 LOG, SCORES, SETTINGS = "train.log", "scores.json", "settings.json"
+MODEL = "model"  # in the folder of a run that others need: its model
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +72,16 @@ class Job:
         return self.data.parent / "runs" / f"{_digest(settings)}-{slug}" / f"seed{self.seed}"
 
     @cached_property
+    def place(self) -> tuple[Path, str]:
+        """Where runs with these settings are, whatever method they are called after: a folder, and a pattern in it."""
+        settings = self.folder.parent
+        return settings.parent, f"{settings.name.partition('-')[0]}-*/{self.folder.name}"
+
+    @property
     def run(self) -> Path:
-        """The folder of a run with these settings: of another name where another table has made it."""
-        key, parent = self.folder.parent.name.partition("-")[0], self.folder.parent.parent
-        made = sorted(path for path in parent.glob(f"{key}-*/seed{self.seed}") if (path / SETTINGS).exists())
+        """The folder of a run with these settings: of another name where another row or table has made it."""
+        parent, pattern = self.place
+        made = sorted(path for path in parent.glob(pattern) if (path / SETTINGS).exists())
         return made[0] if made else self.folder
 
     def training(self) -> list[str]:
@@ -113,9 +120,15 @@ class Job:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def needed_jobs(recipe: Recipe, out: Path) -> dict[str, Job]:
+    """The runs whose models a recipe's preparation needs, by option."""
+    return {name: Job(needed, needed.baseline, needed.seeds[0], out) for name, needed in recipe.needs.items()}
+
+
 def data_folder(recipe: Recipe, out: Path) -> Path:
-    """Where the data of a recipe is prepared: named after the preparing folder, size and options."""
-    options = json.dumps({key: value for key, value in sorted(recipe.options.items())})
+    """Where the data of a recipe is prepared: named after the preparing folder, size, options and needed runs."""
+    runs = {name: str(job.folder.relative_to(out)) for name, job in needed_jobs(recipe, out).items()}
+    options = json.dumps({key: value for key, value in sorted({**recipe.options, **runs}.items())})
     return out / recipe.prepare.parent.name / recipe.size / _digest(options) / "data"
 
 

@@ -38,7 +38,7 @@ def record_job(job: Job, tables: Sequence[Path]) -> None:
     kept = job.run / ROW
     if not kept.exists():  # as it was when the run ended, also for a later table
         kept.write_text(json.dumps(_measured(job), indent=1) + "\n", encoding="utf-8")
-    row = json.loads(kept.read_text(encoding="utf-8"))
+    row = json.loads(kept.read_text(encoding="utf-8")) | _scored(job)
     row |= {"size": job.recipe.size, "column": job.recipe.column, "method": job.method, "seed": str(job.seed)}
     row["flags"] = _method_flags(job)
     for table in tables:
@@ -47,11 +47,9 @@ def record_job(job: Job, tables: Sequence[Path]) -> None:
 
 
 def _measured(job: Job) -> dict[str, str]:
-    scores, metric, summary = job.scores or {}, job.recipe.metric.name, training_summary(job.run)
+    summary = training_summary(job.run)
     return {
-        "metric": metric,
-        "value": f"{scores[metric]:.6g}",
-        "valid": f"{scores.get(f'valid_{metric}', summary['best_valid']):.6g}",
+        "valid": f"{summary['best_valid']:.6g}",
         "seconds": f"{summary['seconds']:.0f}",
         "updates": f"{summary['updates']:.0f}",
         "epochs": f"{summary['epochs']:.0f}",
@@ -61,6 +59,15 @@ def _measured(job: Job) -> dict[str, str]:
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _scored(job: Job) -> dict[str, str]:
+    """The score of the job's column; others of the same run have other ones."""
+    scores, metric = job.scores or {}, job.recipe.metric.name
+    if metric not in scores:
+        raise ValueError(f"{job.run} has no score {metric!r}; it has {', '.join(scores)}")
+    named = {"value": metric, "valid": f"valid_{metric}"}
+    return {"metric": metric, **{key: f"{scores[name]:.6g}" for key, name in named.items() if name in scores}}
 
 
 def write_significance(jobs: Sequence[Job], tables: Sequence[Path]) -> None:

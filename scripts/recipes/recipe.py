@@ -20,7 +20,8 @@ The file has these keys; ``extends`` names another recipe's folder, whose keys a
 ``seeds``       seeds of the runs
 ``shared_start``  ``true``: the epochs before ``sam-start-epoch`` are run once for all methods of a seed
 ``sizes``       ``mini`` and ``paper``: ``options``, ``evaluation``, ``flags``, ``methods`` (flags by method),
-                and ``seeds`` that differ, and ``columns``: those that the size has, default all, with what differs
+                and ``seeds`` that differ, ``columns``: those that the size has, default all, with what differs, and
+                ``needs``: by name of an option, the folder of the recipe whose model it names, which is trained first
 ``sources``     where a setting is from, by flag, option or method
 ==============  ====================================================================================================
 """
@@ -40,7 +41,7 @@ KEYS = {
     "methods", "columns", "seeds", "shared_start", "sizes", "sources",
 }  # fmt: skip
 COLUMN_KEYS = {"options", "evaluation", "flags", "methods", "metric"}
-SIZE_KEYS = {*(COLUMN_KEYS - {"metric"}), "columns", "seeds"}
+SIZE_KEYS = {*(COLUMN_KEYS - {"metric"}), "columns", "seeds", "needs"}
 
 Flags = dict[str, Any]
 
@@ -87,6 +88,7 @@ class Recipe:
         methods: fairseq-train's flags by method, those of all methods included.
         sources: where settings are from.
         shared_start: whether the epochs before the start epoch are run once for all methods.
+        needs: by option, the recipe of the model that the preparation needs; its baseline is trained first.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Recipe:
     seeds: Sequence[int]
     sources: Mapping[str, str] = field(default_factory=dict)
     shared_start: bool = False
+    needs: Mapping[str, "Recipe"] = field(default_factory=dict)
 
     @property
     def baseline(self) -> str:
@@ -178,7 +181,17 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
         seeds=list(at_size.get("seeds") or content.get("seeds") or [1]),
         sources=content.get("sources") or {},
         shared_start=bool(content.get("shared_start")),
+        needs={
+            name: read_recipe(needed, size)
+            for name, needed in (at_size.get("needs") or {}).items()
+            if name not in (changed or {})
+        },
     )
+
+
+def size_names(folder: str | Path) -> list[str]:
+    """The sizes that a recipe has."""
+    return list(_content(_found(folder))["sizes"])
 
 
 def column_names(folder: str | Path, size: str) -> list[str]:
@@ -243,6 +256,9 @@ def _content(place: Path) -> dict[str, Any]:
         raise RecipeError(f"{place / FILE} has {unknown[0]!r}; the keys are {', '.join(sorted(KEYS))}")
     if "prepare" in content:
         content["prepare"] = place / content["prepare"]
+    for size in (content.get("sizes") or {}).values():
+        if size and "needs" in size:
+            size["needs"] = {name: place / folder for name, folder in size["needs"].items()}
     if "extends" in content:
         base = _content(_found(place / content.pop("extends")))
         sources = {**(base.get("sources") or {}), **(content.get("sources") or {})}
@@ -255,13 +271,13 @@ def _content(place: Path) -> dict[str, Any]:
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes of both recipes; options and flags add up, methods and columns are those of the recipe itself."""
+    """The sizes of both recipes: options and flags add up, methods and columns are those of the recipe itself."""
     merged = {}
     for size in (*base, *(size for size in own if size not in base)):
         first, second = base.get(size) or {}, own.get(size) or {}
         adding = ("options", "evaluation", "flags")
         added = {key: {**(first.get(key) or {}), **(second.get(key) or {})} for key in adding}
-        rest = {"seeds": second.get("seeds", first.get("seeds"))}
+        rest = {key: second.get(key, first.get(key)) for key in ("seeds", "needs")}
         rest |= {key: second.get(key) for key in ("methods", "columns")}
         merged[size] = {**added, **{key: value for key, value in rest.items() if value}}
     return merged

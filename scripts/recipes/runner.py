@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.recipes.jobs import SCORES, Job, data_folder, progress_of
+from scripts.recipes.jobs import MODEL, SCORES, Job, data_folder, needed_jobs, progress_of
 from scripts.recipes.obtained import record_job, write_significance
 from scripts.recipes.recipe import ROOT, Recipe, command_line
 
@@ -39,7 +39,7 @@ def run_table(
     record: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Prepare the data and run methods × seeds.
+    """Prepare the data and run methods × seeds, after those of the recipes whose models are needed.
 
     Args:
         recipes: the columns of one recipe at one size.
@@ -59,6 +59,9 @@ def run_table(
     unknown = sorted(set(methods or ()) - set(first.methods))
     if unknown:
         raise RunError(f"--methods must be among {', '.join(first.methods)}, got {unknown[0]!r}")
+    for needed in {each.folder: each for recipe in recipes for each in recipe.needs.values()}.values():
+        settings = {"methods": [needed.baseline], "seeds": needed.seeds[:1], "cpu": cpu, "dry_run": dry_run}
+        run_table([needed], data=data, out=out, **settings)
     num_gpus = 0 if cpu else torch.cuda.device_count()
     jobs = [
         Job(recipe, method, seed, out, cpu=not num_gpus)
@@ -67,10 +70,10 @@ def run_table(
         for method in methods or recipe.methods
     ]
     if dry_run:
-        every = [*_starts(jobs), *jobs]
-        commands = [command for job in every for command in job.commands()]
-        for command in (*(preparation(recipe, data, out) for recipe in recipes), *commands):
-            print(shlex.join(command))
+        commands = [preparation(recipe, data, out) for recipe in recipes]
+        commands += [command for job, *_ in _groups([*_starts(jobs), *jobs]) for command in job.commands()]
+        for line in dict.fromkeys(map(shlex.join, commands)):
+            print(line)
         return
     for recipe in recipes:
         _prepare(recipe, data, out)
@@ -83,7 +86,8 @@ def run_table(
 
 def preparation(recipe: Recipe, data: Path, out: Path) -> list[str]:
     """Return the command that prepares a recipe's data."""
-    flags = {name.replace("_", "-"): value for name, value in recipe.options.items()}
+    options = {**recipe.options, **{name: job.run / MODEL for name, job in needed_jobs(recipe, out).items()}}
+    flags = {name.replace("_", "-"): value for name, value in options.items()}
     folders = ["--data", str(data), "--out", str(data_folder(recipe, out))]
     return [sys.executable, str(recipe.prepare), *folders, *command_line(flags)]
 
@@ -107,6 +111,14 @@ def _starts(jobs: Sequence[Job]) -> list[Job]:
     return list({start.run: start for start in starts if start is not None}.values())
 
 
+def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that are the same run together, such as columns that show other scores of it."""
+    groups: dict[tuple[Path, str], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.place, []).append(job)
+    return list(groups.values())
+
+
 def _outcome(job: Job) -> str:
     metric = job.recipe.metric.name
     return f"{metric} {job.scores[metric]:.4g}" if job.scores else f"the first {job.until} epochs are done"
@@ -123,7 +135,8 @@ class _Runs:
     """
 
     def __init__(self, jobs: Sequence[Job], num_jobs: int, num_gpus: int, tables: Sequence[Path]) -> None:
-        self._jobs, self._num_jobs, self._tables = jobs, num_jobs, tables
+        self._num_jobs, self._tables = num_jobs, tables
+        self._groups = {group[0]: group for group in _groups(jobs)}
         self._devices: queue.Queue[int | None] = queue.Queue()
         for number in range(num_jobs):
             self._devices.put(number % num_gpus if num_gpus else None)
@@ -133,14 +146,15 @@ class _Runs:
         self._begin = time.monotonic()
 
     def run(self) -> None:
-        for job in self._jobs:
+        firsts = list(self._groups)
+        waiting = [job for job in firsts if job.scores is None]
+        for job in firsts:
             if job.scores is not None:
-                record_job(job, self._tables)
-        waiting = [job for job in self._jobs if job.scores is None]
-        total, failed = len(self._jobs), []
+                self._record(job)
+        total, failed = len(firsts), []
         if not total:
             return
-        kind = "shared beginnings" if self._jobs[0].until is not None else "runs"
+        kind = "shared beginnings" if firsts[0].until is not None else "runs"
         print(f"{total} {kind}, {total - len(waiting)} of them done", flush=True)
         with ThreadPoolExecutor(self._num_jobs) as pool:
             futures: dict[Future[None], Job] = {pool.submit(self._run_job, job): job for job in waiting}
@@ -150,7 +164,7 @@ class _Runs:
                     for future in finished:
                         job = futures.pop(future)
                         if future.exception() is None:
-                            record_job(job, self._tables)
+                            self._record(job)
                             self._show(job, _outcome(job))
                         else:
                             failed.append(f"{job.method}, seed {job.seed}: {future.exception()}")
@@ -164,6 +178,10 @@ class _Runs:
             raise RunError(
                 f"{len(failed)} of {total} runs failed; the same command tries them again\n" + "\n".join(failed)
             )
+
+    def _record(self, job: Job) -> None:
+        for same in self._groups[job]:
+            record_job(same, self._tables)
 
     def _run_job(self, job: Job) -> None:
         device = self._devices.get()
