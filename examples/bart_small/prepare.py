@@ -11,16 +11,15 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.recipes.sequences import subwords_of, train_sentencepiece
+from scripts.recipes.sequences import MODEL, subwords_of, train_sentencepiece
 from scripts.recipes.text import CorpusError, binarise, read_lines
 
 SPLIT_SEED = 1
-HELD_OUT = {"valid": 300, "test": 300}  # documents
 JOINED = re.compile(r" @([-.,])@ ")  # how WikiText writes what stands inside of a word or number
 
 
@@ -58,6 +57,12 @@ def read_documents(data: Path) -> list[str]:
     return documents
 
 
+def cut(documents: Iterable[list[str]], length: int) -> Iterator[list[str]]:
+    """Pieces of at most `length` subwords."""
+    for words in documents:
+        yield from (words[start : start + length] for start in range(0, len(words), length))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,25 +70,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write model and data-bin into")
     parser.add_argument("--num-subwords", type=int, default=8000, help="size of the vocabulary")
     parser.add_argument("--num-train", type=int, help="training documents; default all")
-    parser.add_argument("--length", type=int, default=254, help="subwords of a piece of a document")
+    parser.add_argument(
+        "--num-held-out", type=int, default=300, help="documents for validation, and as many for a test"
+    )
+    parser.add_argument("--length", type=int, default=189, help="subwords of a piece of a document")
     args = parser.parse_args()
     try:
-        documents, splits = read_documents(args.data), {}
-        for split, number in HELD_OUT.items():
-            splits[split], documents = documents[:number], documents[number:]
-        if not documents:
-            raise CorpusError(f"--data {args.data} has too few documents: {sum(HELD_OUT.values())} are held out")
-        splits["train"] = documents[: args.num_train]
-        train_sentencepiece(splits["train"], args.out / "model", args.num_subwords)
-        split_words = subwords_of(args.out / "model")
+        documents, number = read_documents(args.data), args.num_held_out
+        if len(documents) <= 2 * number:
+            raise CorpusError(f"{2 * number} documents are held out (--num-held-out), and there are {len(documents)}")
+        splits = {"valid": documents[:number], "test": documents[number : 2 * number]}
+        splits["train"] = documents[2 * number :][: args.num_train]
+        train_sentencepiece(splits["train"], args.out / MODEL, args.num_subwords)
+        split_words = subwords_of(args.out / MODEL)
         files = {}
         for split, texts in splits.items():
             files[split] = args.out / "subwords" / split
             files[split].parent.mkdir(parents=True, exist_ok=True)
-            pieces = [words[at : at + args.length] for words in split_words(texts) for at in range(0, len(words), args.length)]
+            pieces = list(cut(split_words(texts), args.length))
             files[split].write_text("".join(f"{' '.join(words)}\n" for words in pieces), encoding="utf-8")
             print(f"{split}: {len(texts)} documents, {sum(map(len, pieces))} subwords", flush=True)
-        binarise(files, args.out / "data-bin", args.out / "model" / "dict.txt")
+        binarise(files, args.out / "data-bin", args.out / MODEL / "dict.txt")
     except CorpusError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -5,7 +5,7 @@ Reads below ``--data`` one of (plain or .xz)
 
 - ``cnn_dm`` and ``xsum``: ``train``, ``val`` and ``test`` with ``.source`` and ``.target``, a text and its summary on a
   line each, not tokenised, as fairseq's own preparation for BART has them;
-- ``aeslc``: ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``: e-mails (``body``) and their subject lines (``subject``).
+- ``aeslc``: ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``: e-mails (``body``) and their subjects (``subject``).
 """
 
 import argparse
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.recipes.samples import sample
 from scripts.recipes.sequences import Pairs, link_model, prepare_pairs, read_sides
-from scripts.recipes.text import CorpusError, read_lines
+from scripts.recipes.text import read_lines
 
 FILES = {"train": "train", "valid": "val", "test": "test"}
 EMAILS = {"train": "train.jsonl", "valid": "dev.jsonl", "test": "test.jsonl"}

@@ -6,7 +6,7 @@ Reads below ``--data`` one of (plain or .xz)
 - ``conll2014``: ``train`` and ``valid`` with ``.source`` and ``.target``, a sentence and its correction on a line each,
   tokenised as the test set is, and ``test.m2``: the test set with its annotators' edits;
 - ``jfleg``: ``dev.src`` and ``test.src`` with ``.ref0`` to ``.ref3``: 754 and 747 sentences with four corrections
-  each. The sentences of dev are the training data, each with its four corrections; ``--num-valid`` of them are held out.
+  each. Those of dev are the training data, each with its four corrections; ``--num-valid`` of them are held out.
 """
 
 import argparse
@@ -16,8 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.recipes.corrections import read_m2
-from scripts.recipes.evaluations import ANNOTATORS, M2
+from scripts.recipes.corrections import ANNOTATORS, M2, read_m2
 from scripts.recipes.samples import sample
 from scripts.recipes.sequences import Pairs, link_model, prepare_pairs, read_sides
 from scripts.recipes.text import CorpusError, read_lines

@@ -13,12 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.recipes.evaluations import PARTS
 from scripts.recipes.glue import find_file, find_files, read_file, sampled
 from scripts.recipes.glue_tasks import TASKS, GlueTask, Instance
 from scripts.recipes.samples import sample
 from scripts.recipes.sequences import link_model, prepare_pairs
-from scripts.recipes.text_to_text import Part, source_line, target_line
+from scripts.recipes.text_to_text import PARTS, Part, source_line, target_line
 
 FOLDERS = ("superglue", "glue")
 SUFFIXES = {"valid": "", "valid1": "-mm"}  # MNLI's second validation file is mismatched

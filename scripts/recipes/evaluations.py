@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from scripts.recipes import predictions, text_to_text
 from scripts.recipes.commands import ALL_INSTANCES, CommandError, fairseq_command
-from scripts.recipes.corrections import gleu, max_match, read_m2
+from scripts.recipes.corrections import ANNOTATORS, M2, gleu, max_match, read_m2
 from scripts.recipes.jobs import MODEL, SCORES, SETTINGS
 from scripts.recipes.recipe import command_line
 from scripts.recipes.scores import accuracy, rouge
@@ -27,7 +27,6 @@ from scripts.recipes.translation import average, bleu, detokenise, translate
 
 Scores = dict[str, float]
 GENERATED = "generated.txt"
-M2, ANNOTATORS, PARTS = "test.m2", "references", "parts.json"  # what preparations leave for the evaluation
 
 
 def classification(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
@@ -129,7 +128,7 @@ def correction(run: Path, settings: dict[str, Any], device: list[str]) -> Scores
 def mixture(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
     """Scores (%) of each task of a mixture that is trained as text to text, on its validation split."""
     found, _, _ = _generated(run, settings, device, "valid")
-    parts = json.loads((Path(settings["data"]) / PARTS).read_text(encoding="utf-8"))
+    parts = json.loads((Path(settings["data"]) / text_to_text.PARTS).read_text(encoding="utf-8"))
     return text_to_text.score_parts([text_to_text.Part(*part) for part in parts], found)
 
 

@@ -88,10 +88,10 @@ def train_sentencepiece(lines: Sequence[str], folder: Path, num_subwords: int) -
     Args:
         lines: the text.
         folder: folder to write ``sentencepiece.model`` and ``dict.txt`` into.
-        num_subwords: size of the vocabulary, fairseq's four special symbols included.
+        num_subwords: size of the vocabulary at most, fairseq's four special symbols included.
 
     Raises:
-        CorpusError: if the text is too short for so many.
+        CorpusError: if the text has as many characters.
     """
     import sentencepiece
 
@@ -100,7 +100,7 @@ def train_sentencepiece(lines: Sequence[str], folder: Path, num_subwords: int) -
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines[:SAMPLED]), model_prefix=str(prefix), vocab_size=num_subwords - 1,
-            max_sentence_length=1 << 16, num_threads=1, minloglevel=2,
+            hard_vocab_limit=False, max_sentence_length=1 << 16, num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
         raise CorpusError(f"no SentencePiece model of {num_subwords} subwords can be trained: {error}") from error

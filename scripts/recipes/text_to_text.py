@@ -13,6 +13,7 @@ from scripts.recipes.glue_tasks import TASKS, GlueTask, Instance
 from scripts.recipes.scores import METRICS
 
 STEP = 0.2  # of scores
+PARTS = "parts.json"  # beside prepared data: the parts of its validation split
 ASTERISK = "*"
 
 # What the labels that are numbers, or true and false, are called; other labels are words already.
