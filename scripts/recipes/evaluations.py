@@ -94,13 +94,12 @@ def denoising(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
 
     That folder has what a fine-tuning needs: ``model.pt``, without the optimizer's state, dictionary and subwords.
     """
-    data, checkpoint, scores = Path(settings["data"]), run / "checkpoint_best.pt", {}
-    for split in ("valid", "test"):
-        output = fairseq_command(
-            "validate", data / "data-bin", "--path", checkpoint, "--valid-subset", split, "--task", "denoising",
-            "--max-tokens", settings["flags"]["max-tokens"], "--log-format", "json", *ALL_INSTANCES, *device,
-        )  # fmt: skip
-        scores[split] = float(_found(rf'"{split}_loss": "([\d.]+)"', output))
+    data, checkpoint = Path(settings["data"]), run / "checkpoint_best.pt"
+    output = fairseq_command(
+        "validate", data / "data-bin", "--path", checkpoint, "--valid-subset", "valid,test", "--task", "denoising",
+        "--max-tokens", settings["flags"]["max-tokens"], "--log-format", "json", *ALL_INSTANCES, *device,
+    )  # fmt: skip
+    scores = {split: float(_found(rf'"{split}_loss": "([\d.]+)"', output)) for split in ("valid", "test")}
     shutil.rmtree(run / MODEL, ignore_errors=True)
     shutil.copytree(data / MODEL, run / MODEL)
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)

@@ -2,13 +2,15 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
 
 pytest.importorskip("fairseq", reason="evaluations run fairseq's commands")
 
-from scripts.recipes import evaluations, glue
-from scripts.recipes.recipe import EXAMPLES
+from scripts.recipes import evaluations, glue, runner
+from scripts.recipes.jobs import data_folder
+from scripts.recipes.recipe import EXAMPLES, read_recipe
 from scripts.recipes.text import CorpusError
 from tests.recipes import corpora, glue_files
 
@@ -124,3 +126,19 @@ def test_the_evaluation_of_a_mixture(tmp_path):
     lines = ["acceptable", "unacceptable", "entailment", "entailment"]
     scores = score(tmp_path, {"data": str(tmp_path), "evaluation": {"beam": 1}}, "mixture", lines)
     assert scores == {"cola_matthews": 100, "rte_accuracy": 50, "average": 75}
+
+
+@pytest.mark.slow
+def test_the_layout_of_the_paper(tmp_path, monkeypatch, capsys):
+    """CNN/DailyMail's files and the folder of fairseq's BART, with GPT-2's subwords."""
+    corpora.write_summaries(tmp_path, "cnn_dm")
+    (tmp_path / "models" / "bart.large").mkdir(parents=True)
+    glue_files.write_gpt2(tmp_path / "models" / "bart.large")
+    (tmp_path / "models" / "bart.large" / "model.pt").touch()
+    recipe = read_recipe("delta_sam_table3_cnndm", "paper", changed={"model": str(tmp_path / "models")})
+    monkeypatch.setattr(sys, "argv", runner.preparation(recipe, tmp_path, tmp_path / "out")[1:])
+    preparation(recipe.name).main()
+    assert capsys.readouterr().out == "train: 39 pairs, valid: 11 pairs, test: 11 pairs\n"
+    data = data_folder(recipe, tmp_path / "out")
+    assert (data / "data-bin" / "test.source-target.target.bin").stat().st_size > 0
+    assert (data / "model" / "vocab.bpe").exists() and (data / "subwords" / "train.source").read_text()[0].isdigit()
