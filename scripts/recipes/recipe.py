@@ -271,7 +271,7 @@ def _content(place: Path) -> dict[str, Any]:
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes of both recipes: options and flags add up, methods and columns are those of the recipe itself."""
+    """The sizes of both recipes; options and flags add up, methods and columns are those of the recipe itself."""
     merged = {}
     for size in (*base, *(size for size in own if size not in base)):
         first, second = base.get(size) or {}, own.get(size) or {}
