@@ -203,11 +203,11 @@ CHECKED = []  # settings that several tables have
 
 @pytest.mark.parametrize(("name", "size"), [(name, size) for name in RECIPES for size in size_names(name)])
 def test_fairseq_takes_every_setting(name, size, tmp_path):
-    """fairseq-train's own parser and the plugin's checks, for the settings of each method and column."""
-    for column in column_names(name, size):
+    """fairseq-train's own parser and the plugin's checks, for each method of a column and one of each other column."""
+    for number, column in enumerate(column_names(name, size)):
         recipe = read_recipe(name, size, column)
         assert recipe.evaluate in EVALUATIONS and recipe.prepare.is_file() and recipe.seeds
-        for method in recipe.methods:
+        for method in list(recipe.methods)[-1 if number else 0 :]:
             job = Job(recipe, method, 1, tmp_path, cpu=True)
             if job.flags not in CHECKED:
                 command = job.training()
