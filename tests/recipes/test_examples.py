@@ -9,15 +9,15 @@ pytest.importorskip("fairseq", reason="recipes run fairseq's commands")
 from fairseq.trainer import Trainer
 from fairseq_cli.train import main
 
-from scripts.recipes.jobs import Job
+from scripts.recipes.jobs import Job, data_folder
 from scripts.recipes.recipe import RecipeError, column_names, read_recipe, recipe_folders
 from scripts.recipes.runner import preparation
 from tests.adapter import pretrained, runs
-from tests.recipes import corpora, glue_files
+from tests.recipes import corpora, glue_files, sts_files
 
-FEWER = {"num_train": 40, "num_valid": 16, "num_test": 16, "num_lines": 40, "max_train": 24}
+FEWER = {"num_train": 40, "num_valid": 16, "num_test": 16, "num_lines": 40, "max_train": 24, "num_sentences": 24}
 SHORTER = {"tokens-per-sample": "16"}  # the generated Penn TreeBank is shorter than a batch of the real one
-MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+NARROWER = {"encoder-embed-dim": "24", "encoder-ffn-embed-dim": "40", "encoder-attention-heads": "4"}  # encoders
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +27,10 @@ def data(tmp_path_factory):
     corpora.write_ptb(folder)
     corpora.write_envi(folder)
     corpora.write_deen(folder)
+    sts_files.write_sets(folder)
     for task in ("MRPC", "CoLA", "STS-B"):
         glue_files.write_task(folder / "glue", task, num_train=30)
-    pretrained.write_original(folder / "encoder", "bert", max_position_embeddings=512, **MINILM)
+    pretrained.write_original(folder / "encoder", "bert", max_position_embeddings=512, num_hidden_layers=6)
     return folder
 
 
@@ -40,7 +41,7 @@ def out(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.name for path in recipe_folders()])
-def test_one_update(name, data, out, monkeypatch):
+def test_one_update(name, data, out, in_this_process, monkeypatch):
     """Of the last method; recipes on the same data share its preparation, as in real runs."""
     column = column_names(name, "mini")[-1]
     options = read_recipe(name, "mini", column).options
@@ -49,17 +50,30 @@ def test_one_update(name, data, out, monkeypatch):
     recipe = read_recipe(name, "mini", column, changed)
     job = Job(recipe, list(recipe.methods)[-1], 1, out, cpu=True)
     if not (job.data / "data-bin").exists():
-        subprocess.run(preparation(recipe, data, out), check=True, capture_output=True, cwd=runs.ROOT)
+        subprocess.run(preparation(recipe, data, out), check=True)
     command = job.training()
     own = command[command.index("fairseq_cli.train") + 1 :]
     flags = [*own, "--max-update", "1", "--no-save", "--disable-validation"]
-    flags += [word for flag, value in SHORTER.items() if flag in job.flags for word in (f"--{flag}", value)]
+    smaller = {**SHORTER, **(NARROWER if "encoder" in options else {})}
+    flags += [word for flag, value in smaller.items() if flag in job.flags for word in (f"--{flag}", value)]
     job.run.mkdir(parents=True, exist_ok=True)
     cfg, updates, original = runs.configuration(flags), [], Trainer.set_num_updates
     monkeypatch.setattr(Trainer, "set_num_updates", lambda self, n: updates.append(n) or original(self, n))
     with runs.quiet():
         main(cfg)
     assert max(updates) == 1
+
+
+@pytest.mark.slow
+def test_the_first_pairs_are_validated_and_tested_on(data, tmp_path, in_this_process):
+    recipe = read_recipe("ga_sam_table1_deen", "mini", changed={"num_valid": 4, "num_test": 3})
+    subprocess.run(preparation(recipe, data, tmp_path), check=True)
+    for split, number in (("valid", 4), ("test", 3)):
+        for language in ("de", "en"):
+            whole = (data / "iwslt14_deen_partial" / f"{split}.{language}").read_text().splitlines()
+            kept = (data_folder(recipe, tmp_path) / "text" / f"{split}.{language}").read_text().splitlines()
+            assert kept == whole[:number] and len(whole) == 10
+    assert "num_valid" not in read_recipe("ga_sam_table1_deen", "paper").options
 
 
 def test_an_option_that_the_recipe_does_not_have():

@@ -96,6 +96,7 @@ def test_another_table_on_the_same_data_shares_runs(tmp_path):
     job, same = Job(one, "Baseline", 1, tmp_path), Job(two, "Base", 1, tmp_path)
     job.write_settings()
     assert same.run == job.run and Job(two, "Wide", 1, tmp_path).run != job.run
+    assert same.key == job.key and same.folder != job.folder
     assert Job(one, "Baseline", 2, tmp_path).run != job.run
 
 
@@ -148,13 +149,16 @@ def test_command_lines():
 @pytest.mark.parametrize("size", ["mini", "paper"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_fairseq_takes_every_setting(name, size, tmp_path):
-    """fairseq-train's own parser and the plugin's checks, for each method."""
+    """fairseq-train's own parser and the plugin's checks, for each method; once for columns that share their runs."""
+    jobs = {}
     for column in column_names(name, size):
         recipe = read_recipe(name, size, column)
         assert recipe.evaluate in EVALUATIONS and recipe.prepare.is_file() and recipe.seeds
-        for method in recipe.methods:
-            command = Job(recipe, method, 1, tmp_path, cpu=True).training()
-            check_config(runs.configuration(command[command.index("fairseq_cli.train") + 1 :]))
+        own = (Job(recipe, method, 1, tmp_path, cpu=True) for method in recipe.methods)
+        jobs.update({job.key: job for job in own})
+    for job in jobs.values():
+        command = job.training()
+        check_config(runs.configuration(command[command.index("fairseq_cli.train") + 1 :]))
 
 
 @pytest.mark.parametrize("name", RECIPES)
