@@ -4,6 +4,7 @@
     make_table.py                                       # all recipes, as Markdown
     make_table.py ga_sam_table1_imdb --size mini --format latex
     make_table.py ga_sam_table1_imdb --obtained runs/ga_sam_table1_imdb/mini/obtained.tsv
+    make_table.py --readme                              # those of the recipes' READMEs, and docs/results.md
 
 The p-value is that of a paired t-test over seeds; for BLEU of sacreBLEU's paired bootstrap, the largest over seeds.
 """
@@ -16,9 +17,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.recipes.obtained import read_rows  # noqa: E402
-from scripts.recipes.recipe import RecipeError, column_names, read_recipe, recipe_folders  # noqa: E402
-from scripts.recipes.tables import FORMATS, cells, table_rows  # noqa: E402
+from scripts.recipes.recipe import Metric, RecipeError, column_names, read_recipe, recipe_folders  # noqa: E402
+from scripts.recipes.tables import AVERAGE, FORMATS, average_rows, cells, table_rows  # noqa: E402
 
+RESULTS = ROOT / "docs" / "results.md"
+HEAD = """# Results
+
+What was run of the [recipes](../README.md#reproducing-the-papers) so far: means ± standard deviations over seeds, the
+difference to the baseline (↑ better, ↓ worse), the p-value of a paired test (over seeds; for BLEU sacreBLEU's
+bootstrap), forward-backward passes per update, time of training. `--size mini` is far smaller than the paper, so that
+its numbers compare methods, not models: the paper's are beside them for their differences. Each run's settings,
+versions and hardware are in the recipe's `obtained.tsv`. Made by `scripts/make_table.py --readme`.
+"""
 BEGIN, END = "<!-- table: made by scripts/make_table.py --readme -->", "<!-- end of table -->"
 
 
@@ -31,14 +41,16 @@ def main() -> None:
     parser.add_argument("--size", default="mini", help="mini or paper; default mini")
     parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument("--obtained", type=Path, help="file of runs; default obtained.tsv in the recipe's folder")
-    parser.add_argument("--readme", action="store_true", help="write the tables of all sizes into the recipes' READMEs")
+    parser.add_argument("--readme", action="store_true", help="write READMEs' tables and docs/results.md")
     parser.add_argument("--output", type=Path, help="file to write; default standard output")
     args = parser.parse_args()
     if args.obtained and len(args.recipes) != 1:
         raise SystemExit(f"error: --obtained goes with one recipe, got {len(args.recipes)}")
     try:
-        for folder in args.recipes or recipe_folders() if args.readme else []:
-            write_readme(read_recipe(folder, "mini").folder)
+        if args.readme:
+            for folder in args.recipes or recipe_folders():
+                write_readme(read_recipe(folder, "mini").folder)
+            RESULTS.write_text(results(), encoding="utf-8")
         texts = [table(folder, args.size, args.format, args.obtained) for folder in args.recipes or recipe_folders()]
     except RecipeError as error:
         raise SystemExit(f"error: {error}") from None
@@ -51,13 +63,21 @@ def main() -> None:
 
 def table(folder: str | Path, size: str, form: str, obtained: Path | None = None) -> str:
     """One recipe's table, a part for each of its columns, with titles where the format has room for them."""
+    recipes = [read_recipe(folder, size, column) for column in column_names(folder, size)]
+    first = recipes[0]
+    expected, runs = first.folder / "expected.tsv", obtained or first.folder / "obtained.tsv"
+    columns = [table_rows(recipe, runs, expected) for recipe in recipes]
+    named = [(recipe.column, rows, recipe.metric) for recipe, rows in zip(recipes, columns, strict=True)]
+    if first.average:
+        num_wanted = len(column_names(folder, "paper"))
+        others = f", the paper's of its {num_wanted}" if num_wanted > len(recipes) else ""
+        what = f"{AVERAGE} of the {len(recipes)} above{others}"
+        own = [[row for row in rows if row.method in first.methods] for rows in columns]
+        named.append((what, average_rows(own, expected), Metric(AVERAGE, digits=first.metric.digits)))
     parts = []
-    for column in column_names(folder, size):
-        recipe = read_recipe(folder, size, column)
-        rows = table_rows(recipe, obtained or recipe.folder / "obtained.tsv", recipe.folder / "expected.tsv")
-        named = f", {column}" if column else ""
-        title = f"{recipe.paper}: {recipe.title}{named} (`--size {size}`)\n\n" if form == "markdown" else ""
-        parts.append(title + FORMATS[form](cells(rows, recipe.metric)))
+    for name, rows, metric in named:
+        title = f"{first.paper}: {first.title}{f', {name}' if name else ''} (`--size {size}`)\n\n"
+        parts.append((title if form == "markdown" else "") + FORMATS[form](cells(rows, metric)))
     return "\n".join(parts)
 
 
@@ -68,9 +88,23 @@ def write_readme(folder: Path) -> None:
     _, end, after = rest.partition(END)
     if not end:
         raise RecipeError(f"{path} needs the lines {BEGIN} and {END}, between which the table goes")
-    run = {row["size"] for row in read_rows(folder / "obtained.tsv")} or {"mini"}
-    tables = "\n".join(table(folder, size, "markdown") for size in sorted(run))
+    tables = "\n".join(table(folder, size, "markdown") for size in _sizes_run(folder) or ["mini"])
     path.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}", encoding="utf-8")
+
+
+def results() -> str:
+    """A page with the tables of all recipes that were run."""
+    parts = [HEAD]
+    for folder in recipe_folders():
+        sizes = _sizes_run(folder)
+        if sizes:
+            tables = "\n".join(table(folder, size, "markdown") for size in sizes)
+            parts.append(f"## [{folder.name}](../examples/{folder.name}/README.md)\n\n{tables}")
+    return "\n".join(parts)
+
+
+def _sizes_run(folder: Path) -> list[str]:
+    return sorted({row["size"] for row in read_rows(folder / "obtained.tsv")})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,21 @@
 """fairseq's edge: the only part that imports fairseq. Importing it registers everything."""
 
-from fairseq_sam.adapter import checkpoints, compatibility, config, errors, help, optimizers, regularizers, seam
+from fairseq_sam.adapter import (
+    amsgrad,
+    checkpoints,
+    compatibility,
+    config,
+    errors,
+    help,
+    optimizers,
+    regularizers,
+    seam,
+)
 
 errors.show_user_errors_in_one_line()
 checkpoints.allow_checkpoint_classes()
 checkpoints.explain_unreadable_checkpoints()
+amsgrad.register_amsgrad()
 optimizers.register_presets()
 regularizers.register_regularized_criteria()
 help.show_flags_in_help()

@@ -95,11 +95,11 @@ def check_config(cfg: Any) -> None:
         raise ValueError(
             "--zero-sharding os shares the optimizer's state among workers, and there is one; leave it out"
         )
-    half = next((flag for flag in ("fp16", "bf16", "amp") if getattr(common, flag, False)), None)
-    if half and getattr(cfg.optimization, "use_bmuf", False):
+    if chosen and getattr(cfg.optimization, "use_bmuf", False):
         raise ValueError(
-            f"--use-bmuf cannot be used with --{half}: fairseq's BMUF runs backward past the optimizer that scales the "
-            "loss and keeps fp32 weights, so that these are never updated or by wrong gradients; leave one of them out"
+            f"--use-bmuf cannot be used with --{chosen[0]}: fairseq's BMUF runs backward past the optimizer that "
+            "scales the loss and keeps fp32 weights, so that these are never updated or by wrong gradients; leave one "
+            "of them out"
         )
     apart = "--use-bmuf" if getattr(cfg.optimization, "use_bmuf", False) else ""
     apart = "--ddp-backend slowmo" if distributed.ddp_backend == "slowmo" else apart

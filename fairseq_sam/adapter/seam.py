@@ -40,6 +40,7 @@ from fairseq_sam.core.step import (
     all_or_nothing,
     fisher_information,
     reuse,
+    run_apart,
     split,
 )
 from fairseq_sam.core.tensors import Gradients, add_all, wide_dtype
@@ -228,13 +229,8 @@ class SharpnessAwareTrainStep:
         """A pass of plain training. After an error the gradients of earlier micro-batches are as they were."""
         if self._reduces_in_backward():  # torch's DDP reduces what they have added up
             return self._last(batch).run()
-        prior = self._space.take_gradients()
-        try:
-            result = self._last(batch).run()
-        except BaseException:
-            self._space.put_gradients(prior)
-            raise
-        self._space.put_gradients(add_all(prior, self._space.take_gradients()))
+        result, prior, gradients = run_apart(self._space, self._last(batch))
+        self._space.put_gradients(add_all(prior, gradients))
         return result
 
     def _perturb_microbatch(self, batch: MicroBatch) -> Pass:

@@ -364,13 +364,7 @@ def reuse(
     Returns:
         What the pass returned.
     """
-    prior = space.take_gradients()
-    try:
-        result = batch.run()
-    except BaseException:
-        space.put_gradients(prior)
-        raise
-    gradients = space.take_gradients()
+    result, prior, gradients = run_apart(space, batch)
     if shared:
         gradients, prior = add_all(prior, gradients), [None] * len(prior)
     if finish or not shared:
@@ -378,6 +372,25 @@ def reuse(
         gradients = add_component(gradients, memory.component_of(space), alpha, reduce, num_workers)
     space.put_gradients(add_all(prior, gradients))
     return result
+
+
+def run_apart(space: ParameterSpace, batch: Batch[Result]) -> tuple[Result, Gradients, Gradients]:
+    """Run one pass whose gradient is not added to what the parameters hold; after an error they hold it again.
+
+    Args:
+        space: the trained parameters; after the pass they hold no gradients.
+        batch: one micro-batch.
+
+    Returns:
+        What the pass returned, the gradients before it, its own.
+    """
+    prior = space.take_gradients()
+    try:
+        result = batch.run()
+    except BaseException:
+        space.put_gradients(prior)
+        raise
+    return result, prior, space.take_gradients()
 
 
 @contextmanager
@@ -394,6 +407,8 @@ def all_or_nothing(tensors: Sequence[Tensor], buffers: Sequence[Tensor], *holder
     attributes = [dict(vars(holder)) for holder in holders]
     try:
         yield
+    except GeneratorExit:  # an interrupt came after the block's end; Python closes this later, when all is done
+        raise
     except BaseException:
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = gradient

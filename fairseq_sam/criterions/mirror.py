@@ -106,9 +106,8 @@ class MirrorCriterion(FairseqCriterion):
     the same worker. The loss is summed over sentences; the sample size is their number.
 
     With ``--perturb-one-view`` the first view is that of the unperturbed weights in all passes, and the ascent's
-    gradient is through the second alone: "applying adversarial training (FreeLB, SAM, and δ-SAM) to only one embedding
-    (e.g. h_2 only) achieves much better results than to the contrastive loss" (delta-SAM 5.3). Without it, both views
-    are perturbed, as by any other criterion.
+    gradient is through the second alone: what delta-SAM 5.3 reports on, having found it much better than perturbing
+    both. Without it, both views are perturbed, as by any other criterion.
 
     That noise is put on the second view only is decided here; the paper says "to input embedding".
 

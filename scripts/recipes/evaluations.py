@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from scripts.recipes import predictions
 from scripts.recipes.commands import ALL_INSTANCES, CommandError, fairseq_command
 from scripts.recipes.jobs import SCORES, SETTINGS
+from scripts.recipes.probes import probe
 from scripts.recipes.scores import accuracy
 from scripts.recipes.significance import HYPOTHESES, REFERENCES
 from scripts.recipes.translation import average, bleu, detokenise, translate
@@ -103,12 +104,26 @@ def sts(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
     return {**evaluate(encoder, data / "corpora"), "valid": valid}
 
 
+def transfer(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
+    """Scores of ``glue``, and on the validation splits of other tasks those of linear probes of the best checkpoint.
+
+    The option ``transfer`` names the tasks; their scores begin with the task's name: ``CoLA_matthews``.
+    """
+    scores = glue(run, settings, device)
+    for name in settings["options"]["transfer"]:
+        folder = predictions.Folder(Path(settings["data"]) / "transfer" / name)
+        found = probe(run / "checkpoint_best.pt", folder, cpu=bool(device))
+        scores |= {f"{name}_{metric}": value for metric, value in found.items()}
+    return scores
+
+
 EVALUATIONS: dict[str, Callable[[Path, dict[str, Any], list[str]], Scores]] = {
     "classification": classification,
     "perplexity": perplexity,
     "translation": translation,
     "glue": glue,
     "sts": sts,
+    "transfer": transfer,
 }
 
 

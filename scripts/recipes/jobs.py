@@ -51,7 +51,7 @@ class Job:
         """
         starts = [int(flags["sam-start-epoch"]) for flags in self.recipe.methods.values() if "sam-start-epoch" in flags]
         last = min(starts, default=1) - 1
-        own = int(self.flags.get("max-epoch", 0)) - int(self.flags.get("keep-last-epochs", 0))  # epochs not averaged
+        own = int(self.flags.get("max-epoch") or 0) - int(self.flags.get("keep-last-epochs") or 0)  # not averaged
         is_plain = self.method == self.recipe.baseline
         if not self.recipe.shared_start or is_plain or not 1 <= last <= own:
             return None

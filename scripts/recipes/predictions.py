@@ -124,7 +124,13 @@ FORWARD: dict[str, Callable[[Any, Any, Any], Tensor]] = {
 
 
 def outputs(
-    checkpoint: Path, folder: Path, split: str, *, batch_size: int = 32, cpu: bool = False
+    checkpoint: Path,
+    folder: Path,
+    split: str,
+    *,
+    forward: Callable[[Any, Any, Any], Tensor] | None = None,
+    batch_size: int = 32,
+    cpu: bool = False,
 ) -> tuple[Tensor, str]:
     """Run a model on all instances of a split.
 
@@ -132,11 +138,14 @@ def outputs(
         checkpoint: fine-tuned by the task sentence_prediction, span_prediction or sentence_ranking.
         folder: prepared folder; its labels are not read.
         split: ``train``, ``valid``, …
+        forward: from the model, a batch and its configuration, a row for each instance; default the scores of the
+            classes.
         batch_size: instances that run together; changes nothing but rounding.
         cpu: stay on the CPU even if there is a GPU.
 
     Returns:
-        Outputs of the model in the order of the data, shape (N, classes), on the CPU; and the name of fairseq's task.
+        Outputs of the model in the order of the data, shape (N, classes) or (N, size of a row), on the CPU; and the
+        name of fairseq's task.
 
     Raises:
         ValueError: if the checkpoint is of another task, or the folder lacks the split.
@@ -170,7 +179,7 @@ def outputs(
         with torch.inference_mode():
             for sample in batches:
                 sample = utils.move_to_cuda(sample) if use_cuda else sample
-                rows = FORWARD[name](model, sample, cfg).float().cpu()
+                rows = (forward or FORWARD[name])(model, sample, cfg).float().cpu()
                 found.update(zip(sample["id"].tolist(), rows, strict=True))
         if sorted(found) != list(range(len(task.dataset(split)))):
             raise ValueError(f"{len(found)} of the {len(task.dataset(split))} instances of {split} were predicted")

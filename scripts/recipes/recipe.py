@@ -1,7 +1,8 @@
 """A recipe: the settings of one table of a paper, read from ``recipe.yaml`` in its folder.
 
-The file has these keys; ``extends`` names another recipe's folder, whose keys are taken where the file has none
-(``sizes`` and ``sources`` add up; methods are the recipe's own).
+The file has these keys; ``extends`` names another recipe's folder, whose keys are taken where the file has none.
+``sizes`` and ``sources`` add up; but what a size says of methods or columns is left where the recipe has methods or
+columns of its own.
 
 ==============  ====================================================================================================
 ``title``       what is trained on what
@@ -17,10 +18,13 @@ The file has these keys; ``extends`` names another recipe's folder, whose keys a
 ``methods``     by name of the table's row, the flags of the method; the first is the baseline
 ``columns``     by name of the table's column (a task, a sampling rate), what differs: ``options``, ``evaluation``,
                 ``flags``, ``methods``, ``metric``; without it there is one column
+``rates``       shares of the training split: each column is there with each of them as the option ``rate``
+``average``     ``true``: the table has the averages over its columns too
 ``seeds``       seeds of the runs
 ``shared_start``  ``true``: the epochs before ``sam-start-epoch`` are run once for all methods of a seed
 ``sizes``       ``mini`` and ``paper``: ``options``, ``evaluation``, ``flags``, ``methods`` (flags by method),
-                and ``seeds`` that differ, and ``columns``: those that the size has, default all, with what differs
+                ``rates`` and ``seeds`` that differ, and ``columns``: those that the size has, default all, with what
+                differs
 ``sources``     where a setting is from, by flag, option or method
 ==============  ====================================================================================================
 """
@@ -37,10 +41,10 @@ EXAMPLES = ROOT / "examples"
 FILE = "recipe.yaml"
 KEYS = {
     "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "evaluation", "flags", "flags_of",
-    "methods", "columns", "seeds", "shared_start", "sizes", "sources",
+    "methods", "columns", "rates", "average", "seeds", "shared_start", "sizes", "sources",
 }  # fmt: skip
 COLUMN_KEYS = {"options", "evaluation", "flags", "methods", "metric"}
-SIZE_KEYS = {*(COLUMN_KEYS - {"metric"}), "columns", "seeds"}
+SIZE_KEYS = {*(COLUMN_KEYS - {"metric"}), "columns", "rates", "seeds"}
 
 Flags = dict[str, Any]
 
@@ -87,6 +91,7 @@ class Recipe:
         methods: fairseq-train's flags by method, those of all methods included.
         sources: where settings are from.
         shared_start: whether the epochs before the start epoch are run once for all methods.
+        average: whether the table has the averages over its columns too.
     """
 
     name: str
@@ -104,6 +109,7 @@ class Recipe:
     seeds: Sequence[int]
     sources: Mapping[str, str] = field(default_factory=dict)
     shared_start: bool = False
+    average: bool = False
 
     @property
     def baseline(self) -> str:
@@ -140,14 +146,17 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
     """
     place = _found(folder)
     content = _content(place)
-    columns = _column_names(place, content, size)
-    column = column or columns[0]
+    columns = _columns(place, content, size)
+    column = column or next(iter(columns))
     if column not in columns:
         raise RecipeError(f"{place / FILE}: --columns must be among {', '.join(columns)}, got {column!r}")
+    key, rate = columns[column]
     # What counts more comes later: a size's own column over the column, that over the size, that over all.
     at_size = content["sizes"][size] or {}
-    layers = [content, at_size, *((part.get("columns") or {}).get(column) or {} for part in (content, at_size))]
-    unknown = sorted(set(changed or {}) - {name for layer in layers for name in layer.get("options") or {}})
+    layers = [content, at_size, *((part.get("columns") or {}).get(key) or {} for part in (content, at_size))]
+    at_rate = {} if rate is None else {"rate": rate}
+    known = {name for layer in (*layers, {"options": at_rate}) for name in layer.get("options") or {}}
+    unknown = sorted(set(changed or {}) - known)
     if unknown:
         raise RecipeError(f"{place / FILE} has no option {unknown[0]!r} (--set)")
     for layer, allowed in zip(layers[1:], (SIZE_KEYS, COLUMN_KEYS, COLUMN_KEYS), strict=True):
@@ -156,7 +165,7 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
     def merged(key: str) -> dict[str, Any]:
         return {name: value for layer in layers for name, value in (layer.get(key) or {}).items()}
 
-    options = {**merged("options"), **(changed or {})}
+    options = {**merged("options"), **at_rate, **(changed or {})}
     flags = {**(FLAGS_OF[content["flags_of"]](options) if "flags_of" in content else {}), **merged("flags")}
     own = {name: [(layer.get("methods") or {}).get(name) or {} for layer in layers] for name in content["methods"]}
     return Recipe(
@@ -178,25 +187,31 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
         seeds=list(at_size.get("seeds") or content.get("seeds") or [1]),
         sources=content.get("sources") or {},
         shared_start=bool(content.get("shared_start")),
+        average=bool(content.get("average")),
     )
 
 
 def column_names(folder: str | Path, size: str) -> list[str]:
     """The columns of a recipe's table at a size; one without a name where the recipe names none."""
     place = _found(folder)
-    return _column_names(place, _content(place), size)
+    return list(_columns(place, _content(place), size))
 
 
-def _column_names(place: Path, content: Mapping[str, Any], size: str) -> list[str]:
+def _columns(place: Path, content: Mapping[str, Any], size: str) -> dict[str, tuple[str, float | None]]:
+    """By their names, the keys of the table's columns, and the rates."""
     sizes = content["sizes"]
     if size not in sizes:
         raise RecipeError(f"{place / FILE}: --size must be one of {', '.join(sizes)}, got {size!r}")
     named = content.get("columns") or {}
     chosen = (sizes[size] or {}).get("columns")
+    rates = (sizes[size] or {}).get("rates") or content.get("rates")
     unknown = sorted(set(chosen or {}) - set(named))
     if unknown:
         raise RecipeError(f"{place / FILE}: sizes.{size}.columns has {unknown[0]!r}, which is no column of the recipe")
-    return list(chosen if chosen is not None else named) or [""]
+    keys = list(chosen if chosen is not None else named) or [""]
+    if not rates:
+        return {key: (key, None) for key in keys}
+    return {f"{key} {rate:.0%}".lstrip(): (key, rate) for key in keys for rate in rates}
 
 
 def _check_layer(place: Path, layer: Mapping[str, Any], allowed: set[str], methods: Mapping[str, Any]) -> None:
@@ -246,7 +261,7 @@ def _content(place: Path) -> dict[str, Any]:
     if "extends" in content:
         base = _content(_found(place / content.pop("extends")))
         sources = {**(base.get("sources") or {}), **(content.get("sources") or {})}
-        sizes = _merged(base["sizes"], content.get("sizes") or {})
+        sizes = _merged(base["sizes"], content.get("sizes") or {}, {"methods", "columns"} - set(content))
         content = {**base, **content, "sizes": sizes, "sources": sources}
     missing = sorted({"title", "paper", "prepare", "evaluate", "metric", "methods", "sizes"} - set(content))
     if missing:
@@ -254,14 +269,32 @@ def _content(place: Path) -> dict[str, Any]:
     return content
 
 
-def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes of both recipes; options and flags add up, methods and columns are those of the recipe itself."""
+def _merged(base: Mapping[str, Any], own: Mapping[str, Any], inherited: set[str]) -> dict[str, Any]:
+    """The sizes of both recipes.
+
+    Options and flags add up; methods and columns do where they are inherited, but there are the columns that the
+    recipe itself chooses.
+    """
     merged = {}
     for size in (*base, *(size for size in own if size not in base)):
         first, second = base.get(size) or {}, own.get(size) or {}
-        adding = ("options", "evaluation", "flags")
-        added = {key: {**(first.get(key) or {}), **(second.get(key) or {})} for key in adding}
-        rest = {"seeds": second.get("seeds", first.get("seeds"))}
-        rest |= {key: second.get(key) for key in ("methods", "columns")}
-        merged[size] = {**added, **{key: value for key, value in rest.items() if value}}
+        parts: dict[str, Any] = {}
+        for key in ("options", "evaluation", "flags"):
+            parts[key] = {**(first.get(key) or {}), **(second.get(key) or {})}
+        for key in ("rates", "seeds"):
+            parts[key] = second.get(key, first.get(key))
+        for key in ("methods", "columns"):
+            parts[key] = second.get(key)
+        if "methods" in inherited:
+            parts["methods"] = _added(first.get("methods"), second.get("methods"))
+        if "columns" in inherited and first.get("columns"):
+            chosen = second.get("columns", first["columns"])
+            parts["columns"] = {name: _added(first["columns"].get(name), chosen[name]) for name in chosen}
+        merged[size] = {key: value for key, value in parts.items() if value}
     return merged
+
+
+def _added(base: Mapping[str, Any] | None, own: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Two mappings of mappings; the second counts more."""
+    first, second = base or {}, own or {}
+    return {key: {**(first.get(key) or {}), **(second.get(key) or {})} for key in {**first, **second}}

@@ -13,6 +13,7 @@ from scripts.recipes.significance import paired_t_test
 
 HEAD = ["method", "ours", "difference", "p", "seeds", "passes", "time", "paper", "paper's difference"]
 COLUMNS_OF_EXPECTED = ("method", "mean", "std", "source")
+AVERAGE = "average"  # name of the column with the averages over the others
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def read_expected(path: Path, column: str = "") -> dict[str, tuple[float, float]
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     own = [row for row in rows if row.get("column", "") == column]
-    return {row["method"]: (float(row["mean"]), float(row["std"] or "nan")) for row in own}
+    return {row["method"]: (float(row["mean"] or "nan"), float(row["std"] or "nan")) for row in own}
 
 
 def table_rows(recipe: Recipe, obtained: Path, expected: Path) -> list[Row]:
@@ -82,6 +83,33 @@ def table_rows(recipe: Recipe, obtained: Path, expected: Path) -> list[Row]:
                 passes=_mean([float(row["passes"]) for row in own]),
                 seconds=_mean([float(row["seconds"]) for row in own]),
                 expected=paper.get(method, (math.nan, math.nan)),
+            )
+        )
+    return rows
+
+
+def average_rows(columns: Sequence[Sequence[Row]], expected: Path) -> list[Row]:
+    """Rows of the averages over a table's columns, of the seeds that all of them have.
+
+    Args:
+        columns: rows of each column, of the same methods in the same order.
+        expected: file of the paper's figures.
+    """
+    paper = read_expected(expected, AVERAGE)
+    rows: list[Row] = []
+    for same in zip(*columns, strict=True):
+        seeds = sorted(set.intersection(*(set(row.values) for row in same)))
+        values = {seed: statistics.fmean(row.values[seed] for row in same) for seed in seeds}
+        base = rows[0].values if rows else {}
+        both = sorted(values.keys() & base.keys())
+        rows.append(
+            Row(
+                method=same[0].method,
+                values=values,
+                p_value=paired_t_test([values[seed] for seed in both], [base[seed] for seed in both]),
+                passes=statistics.fmean(row.passes for row in same),
+                seconds=statistics.fmean(row.seconds for row in same),
+                expected=paper.get(same[0].method, (math.nan, math.nan)),
             )
         )
     return rows

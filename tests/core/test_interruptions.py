@@ -1,6 +1,7 @@
 """An error, an interrupt, a signal or a lack of memory at any point of a step: all of the step happens, or nothing."""
 
 import copy
+import gc
 import random
 
 import pytest
@@ -77,6 +78,8 @@ class Outcomes:
         torch.set_grad_enabled(True)  # a signal may keep torch's own no_grad from being left
         found = (run.weights(), run.gradients(), run.memory())
         at = f"{error} at {self.places[number]}"
+        gc.collect(1)  # of what the interruption left open
+        assert same(found, (run.weights(), run.gradients(), run.memory())), f"changes when Python tidies up: {at}"
         assert same(found[0][: len(list(run.model.parameters()))], self.before[0][: len(list(run.model.parameters()))])
         assert same(found, self.before) or same(found, self.after), f"neither before nor after: {at}"
         if again and same(found, self.before):  # the step can be tried again, with the same result

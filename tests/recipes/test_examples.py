@@ -15,9 +15,18 @@ from scripts.recipes.runner import preparation
 from tests.adapter import pretrained, runs
 from tests.recipes import corpora, glue_files, sts_files
 
-FEWER = {"num_train": 40, "num_valid": 16, "num_test": 16, "num_lines": 40, "max_train": 24, "num_sentences": 24}
+FEWER = {
+    "num_train": 40,
+    "num_valid": 16,
+    "num_test": 16,
+    "num_lines": 40,
+    "max_train": 24,
+    "num_sentences": 24,
+    "layers": 1,
+}
 SHORTER = {"tokens-per-sample": "16"}  # the generated Penn TreeBank is shorter than a batch of the real one
-NARROWER = {"encoder-embed-dim": "24", "encoder-ffn-embed-dim": "40", "encoder-attention-heads": "4"}  # encoders
+MINILM = {"layers": 6, "embed-dim": 384, "ffn-embed-dim": 1536, "attention-heads": 12}
+SMALLER = {"layers": 2, "embed-dim": 24, "ffn-embed-dim": 40, "attention-heads": 4}  # as pretrained.SIZES
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +37,10 @@ def data(tmp_path_factory):
     corpora.write_envi(folder)
     corpora.write_deen(folder)
     sts_files.write_sets(folder)
-    for task in ("MRPC", "CoLA", "STS-B"):
+    for task in ("MRPC", "CoLA", "STS-B", "RTE"):
         glue_files.write_task(folder / "glue", task, num_train=30)
-    pretrained.write_original(folder / "encoder", "bert", max_position_embeddings=512, num_hidden_layers=6)
+    glue_files.write_task(folder / "superglue", "WiC", num_train=30)
+    pretrained.write_original(folder / "encoder", "bert", max_position_embeddings=512)
     return folder
 
 
@@ -54,8 +64,12 @@ def test_one_update(name, data, out, in_this_process, monkeypatch):
     command = job.training()
     own = command[command.index("fairseq_cli.train") + 1 :]
     flags = [*own, "--max-update", "1", "--no-save", "--disable-validation"]
-    smaller = {**SHORTER, **(NARROWER if "encoder" in options else {})}
-    flags += [word for flag, value in smaller.items() if flag in job.flags for word in (f"--{flag}", value)]
+    flags += [word for flag, value in SHORTER.items() if flag in job.flags for word in (f"--{flag}", value)]
+    if "encoder" in options:
+        of_encoder = {key: job.flags[f"encoder-{key}"] for key in MINILM}
+        assert of_encoder == {**MINILM, **({"layers": options["layers"]} if "layers" in options else {})}
+        smaller = {**SMALLER, **({"layers": changed["layers"]} if "layers" in options else {})}
+        flags += [word for key, value in smaller.items() for word in (f"--encoder-{key}", str(value))]
     job.run.mkdir(parents=True, exist_ok=True)
     cfg, updates, original = runs.configuration(flags), [], Trainer.set_num_updates
     monkeypatch.setattr(Trainer, "set_num_updates", lambda self, n: updates.append(n) or original(self, n))

@@ -13,6 +13,8 @@ import fairseq_sam.tasks.span_prediction  # noqa: F401  registers the task
 from scripts import predict as command
 from scripts.recipes import glue, predictions, scores
 from scripts.recipes.predictions import Folder, Prediction, predict, score
+from scripts.recipes.probes import probe
+from scripts.recipes.subwords import TokenizerFile
 from tests.adapter import runs
 from tests.recipes import glue_files
 
@@ -257,3 +259,52 @@ def test_the_command(places, tmp_path, monkeypatch, capsys):
     mapping = "not_entailment, not_entailment, entailment"
     printed = json.loads(run_command(monkeypatch, capsys, *words, "--labels", mapping, "--split", "train"))
     assert printed["task"] == "RTE" and printed["instances"] == 24 and list(printed)[3:] == ["accuracy"]
+
+
+# -- linear probes -----------------------------------------------------------------------------------------------------
+
+
+def features(checkpoint, folder, split):
+    """First tokens, one instance at a time."""
+    trainer, _ = runs.build_trainer(folder, *glue_files.flags_of(Folder(folder).task.name), "--optimizer", "adam")
+    model = trainer.model.eval()
+    layers = model.encoder.sentence_encoder
+    encoder = {name: weight for name, weight in runs.load(checkpoint)["model"].items() if name.startswith("encoder.")}
+    assert not torch.nn.Module.load_state_dict(model, encoder, strict=False).unexpected_keys
+    trainer.task.load_dataset(split)
+    dataset = trainer.task.dataset(split)
+    samples = sorted((dataset[number] for number in range(len(dataset))), key=lambda sample: sample["id"])
+    with torch.no_grad():
+        rows = [layers(sample["net_input.src_tokens"][None])["encoder_out"][0][0, 0] for sample in samples]
+    return torch.stack(rows).double()
+
+
+def test_a_probe_is_a_ridge_regression_on_the_first_token(places):
+    """The encoder of RTE on the pairs of STS-B, against the closed form."""
+    place = places.folder("STS-B")
+    known, new = (features(places("RTE"), place, split) for split in ("train", "valid"))
+    mean, deviation = known.mean(0), known.std(0, correction=0)
+    known, new = (known - mean) / deviation, (new - mean) / deviation
+    answers, wanted = (torch.tensor(Folder(place).targets(split)).double() for split in ("train", "valid"))
+    inverse = torch.linalg.inv(known.T @ known + torch.eye(known.shape[1]))
+    found = new @ inverse @ known.T @ (answers - answers.mean()) + answers.mean()
+    expected = {name: scores.METRICS[name](found.tolist(), wanted.tolist(), "1") for name in ("pearson", "spearman")}
+    got = probe(places("RTE"), Folder(place), cpu=True)
+    assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-2)
+
+
+def test_a_probe_of_classes(places, tmp_path):
+    """Two sentences with a label each are told apart, by an encoder that has seen neither of them."""
+    (tmp_path / "CoLA").mkdir()
+    rows = ["gj04\t0\t*\tthe old cat", "gj04\t1\t*\tunhappily under the green table"]
+    for split, number in (("train", 6), ("dev", 4)):
+        (tmp_path / "CoLA" / f"{split}.tsv").write_text("\n".join(rows * number) + "\n")
+    tokens, task = glue_files.write_wordpiece(tmp_path), glue.TASKS["CoLA"]
+    tokenizer = TokenizerFile(tokens / "tokenizer.json")
+    glue.prepare(task, glue.find_files(task, tmp_path), tmp_path / "bin", tokens / "dict.txt", tokenizer)
+    assert probe(places("CB"), Folder(tmp_path / "bin"), cpu=True) == {"matthews": pytest.approx(100.0)}
+
+
+def test_probes_are_of_whole_sentences(places):
+    with pytest.raises(ValueError, match="WiC is a task of span_prediction, and probes are of whole sentences"):
+        probe(places("RTE"), Folder(places.folder("WiC")), cpu=True)

@@ -10,7 +10,7 @@ from scipy import stats
 from scripts.recipes.obtained import COLUMNS
 from scripts.recipes.recipe import EXAMPLES, ROOT, read_recipe
 from scripts.recipes.significance import paired_t_test
-from scripts.recipes.tables import cells, latex, markdown, table_rows, tsv
+from scripts.recipes.tables import average_rows, cells, latex, markdown, table_rows, tsv
 from tests import in_process
 
 SCORES = {"Baseline": [80.0, 81.0, 80.5], "SAM": [81.0, 82.5, 81.25], "ASAM": [79.0]}
@@ -81,6 +81,36 @@ def test_columns_have_tables_of_their_own(tmp_path):
     assert len(found["SAM"].values) == 3 and found["SAM"].expected[0] == 70.5
 
 
+def test_averages_over_columns(tmp_path):
+    """Of the seeds that all columns have; what the paper leaves out stays empty."""
+    recipe = read_recipe("ga_sam_table1_imdb", "mini")
+    recipe = replace(recipe, methods={name: recipe.methods[name] for name in SCORES})
+    other = {"Baseline": [60.0, 62.0], "SAM": [64.0, 64.0], "ASAM": []}
+    (tmp_path / "expected.tsv").write_text(
+        "column\tmethod\tmean\tstd\tsource\naverage\tBaseline\t70.5\t\tx:1\naverage\tSAM\t\t\tx:2\n"
+    )
+    columns = [
+        table_rows(recipe, write_rows(tmp_path / f"{number}.tsv", scores), tmp_path / "expected.tsv")
+        for number, scores in enumerate((SCORES, other))
+    ]
+    found = {row.method: row for row in average_rows(columns, tmp_path / "expected.tsv")}
+    assert found["Baseline"].values == {1: 70.0, 2: 71.5} and found["SAM"].values == {1: 72.5, 2: 73.25}
+    assert found["ASAM"].values == {} and math.isnan(found["ASAM"].mean)
+    assert found["SAM"].p_value == pytest.approx(stats.ttest_rel([72.5, 73.25], [70.0, 71.5]).pvalue)
+    assert math.isnan(found["Baseline"].p_value)
+    assert found["Baseline"].expected[0] == 70.5 and math.isnan(found["SAM"].expected[0])
+
+
+def test_the_command_shows_the_average(tmp_path):
+    """After the columns, with the number of those that it is of."""
+    command = [sys.executable, ROOT / "scripts" / "make_table.py", "fsam_table4_bert_base"]
+    command += ["--obtained", tmp_path / "none.tsv"]
+    for size, title in (("mini", "average of the 3 above, the paper's of its 6"), ("paper", "average of the 6 above")):
+        done = in_process.run([*command, "--size", size])
+        assert done.returncode == 0 and f"BERT-base, {title} (`--size {size}`)" in done.stdout
+        assert "| Fi = 10 |  |  |  | 0 |  |  | 83.90 | -0.40 |" in done.stdout.split("average of")[1]
+
+
 def test_formats(table):
     assert markdown(table).splitlines()[1] == "|" + "---|" * 9
     assert markdown([["a|b"], ["c"]]).splitlines()[0] == r"| a\|b |"
@@ -107,8 +137,9 @@ def test_the_command(tmp_path):
 def test_the_readmes_have_the_tables_of_the_runs():
     """What scripts/make_table.py --readme writes is there, as it is."""
     sys.path.insert(0, str(ROOT / "scripts"))
-    from make_table import write_readme
+    from make_table import RESULTS, results, write_readme
 
+    assert RESULTS.read_text() == results(), f"{RESULTS}: run scripts/make_table.py --readme"
     for path in sorted(EXAMPLES.glob("*/recipe.yaml")):
         readme = path.with_name("README.md")
         before = readme.read_text()

@@ -1,0 +1,82 @@
+"""Curves over a sampling rate and over a flag of the methods."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from scripts.recipes.curves import Point, panels
+from scripts.recipes.obtained import COLUMNS
+from scripts.recipes.recipe import ROOT, RecipeError, column_names, read_recipe
+
+SCORES = {1: 80.0, 2: 82.0}  # by seed, to which what a row is of is added
+
+
+def columns(name):
+    return [read_recipe(name, "mini", column) for column in column_names(name, "mini")]
+
+
+def write_rows(path, recipes, value, methods=None):
+    lines = ["\t".join(COLUMNS)]
+    for recipe in recipes:
+        for method in methods or recipe.methods:
+            for seed, score in SCORES.items():
+                row = dict.fromkeys(COLUMNS, "") | {
+                    "size": "mini", "column": recipe.column, "method": method, "seed": str(seed), "passes": "1",
+                    "metric": recipe.metric.name, "value": str(score + value(recipe, method)), "seconds": "1",
+                }  # fmt: skip
+                lines.append("\t".join(row[column] for column in COLUMNS))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_over_the_sampling_rate(tmp_path):
+    """A plot for each score with a curve for each method, in the order of the rates."""
+    recipes = columns("fsam_figure2_roberta_large")
+    path = write_rows(tmp_path / "obtained.tsv", recipes, lambda recipe, method: 10 * recipe.options["rate"])
+    found = panels(recipes[::-1], path)
+    assert [(panel.title, panel.metric.name) for panel in found] == [("STS-B", "spearman"), ("STS-B", "pearson")]
+    for panel in found:
+        assert list(panel.curves) == ["Adam", "SAM", "FSAM"] and not panel.levels
+        expected = [(10, 82), (20, 83), (50, 86), (90, 90)]
+        for points in panel.curves.values():
+            assert [point[:2] for point in points] == [pytest.approx(place) for place in expected]
+            assert all(point.std == pytest.approx(math.sqrt(2)) for point in points)
+
+
+def test_over_a_flag_of_the_methods(tmp_path):
+    """One curve through the methods that have it; the others are levels."""
+    recipes = columns("fsam_figure1")
+    path = write_rows(
+        tmp_path / "obtained.tsv",
+        recipes,
+        lambda recipe, method: float(recipe.methods[method].get("sam-sparsity", -1)),
+        ["s = 0.99", "Adam", "s = 0.5"],
+    )
+    found = panels(recipes, path, "sam-sparsity")
+    assert [panel.title for panel in found] == ["MRPC", "MRPC F1"]
+    (points,) = found[0].curves.values()
+    assert list(found[0].curves) == ["fisher_sam"] and points[0] == Point(0.5, 81.5, math.sqrt(2))
+    assert points[1][:2] == pytest.approx((0.99, 81.99))
+    assert list(found[0].levels) == ["Adam"] and found[0].levels["Adam"].mean == 80.0
+
+
+def test_nothing_to_draw(tmp_path):
+    with pytest.raises(RecipeError, match="option of the columns or a flag of some methods of the recipe, got 'rates'"):
+        panels(columns("fsam_figure1"), tmp_path / "none.tsv", "rates")
+    with pytest.raises(RecipeError, match=r"none\.tsv has no scores of fsam_figure1 at --size mini; run it first"):
+        panels(columns("fsam_figure1"), tmp_path / "none.tsv", "sam-sparsity")
+
+
+def test_the_command_writes_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    recipes = columns("fsam_figure1")
+    obtained = write_rows(tmp_path / "obtained.tsv", recipes, lambda recipe, method: 0.0)
+    command = [sys.executable, ROOT / "scripts" / "plot_curve.py", "fsam_figure1", "--obtained", obtained]
+    out = tmp_path / "plots" / "curve.png"
+    done = subprocess.run([*command, "--x", "sam-sparsity", "--out", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 5000
+    done = subprocess.run([*command, "--x", "size", "--out", out], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: --x must be")
