@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from scripts.recipes.scores import Texts, check_lengths
 
+M2, ANNOTATORS = "test.m2", "references"  # beside prepared data: annotated edits, or a folder of references
 ORDERS = range(1, 5)  # lengths of the n-grams of GLEU
 MAX_UNCHANGED = 2  # words that an edit may pass over in MaxMatch
 

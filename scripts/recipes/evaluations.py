@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from scripts.recipes import predictions
+from scripts.recipes import predictions, text_to_text
 from scripts.recipes.commands import ALL_INSTANCES, CommandError, fairseq_command
-from scripts.recipes.jobs import SCORES, SETTINGS
+from scripts.recipes.corrections import ANNOTATORS, M2, gleu, max_match, read_m2
+from scripts.recipes.jobs import MODEL, SCORES, SETTINGS
 from scripts.recipes.probes import probe
-from scripts.recipes.scores import accuracy
+from scripts.recipes.recipe import command_line
+from scripts.recipes.scores import accuracy, rouge
+from scripts.recipes.sequences import generate
 from scripts.recipes.significance import HYPOTHESES, REFERENCES
 from scripts.recipes.translation import average, bleu, detokenise, translate
 
 Scores = dict[str, float]
+GENERATED = "generated.txt"
 
 
 def classification(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
@@ -117,6 +122,63 @@ def transfer(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
     return scores
 
 
+def denoising(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
+    """Loss (bits per subword) of the checkpoint with the lowest validation loss, which goes into ``model``.
+
+    That folder has what a fine-tuning needs: ``model.pt``, without the optimizer's state, dictionary and subwords.
+    """
+    data, checkpoint = Path(settings["data"]), run / "checkpoint_best.pt"
+    output = fairseq_command(
+        "validate", data / "data-bin", "--path", checkpoint, "--valid-subset", "valid,test", "--task", "denoising",
+        "--max-tokens", settings["flags"]["max-tokens"], "--log-format", "json", *ALL_INSTANCES, *device,
+    )  # fmt: skip
+    scores = {split: float(_found(rf'"{split}_loss": "([\d.]+)"', output)) for split in ("valid", "test")}
+    shutil.rmtree(run / MODEL, ignore_errors=True)
+    shutil.copytree(data / MODEL, run / MODEL)
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    torch.save({**state, "last_optimizer_state": None}, run / MODEL / "model.pt")
+    return {"loss": scores["test"], "valid_loss": scores["valid"]}
+
+
+def summarisation(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
+    """ROUGE (F, %) of the test set's summaries by the checkpoint with the lowest validation loss."""
+    found, targets, _ = _generated(run, settings, device, "test")
+    return rouge([_by_sentence(line) for line in found], [_by_sentence(line) for line in targets])
+
+
+def correction(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
+    """Scores of the corrected test set: MaxMatch where its edits are annotated, else GLEU; best checkpoint."""
+    found, _, sources = _generated(run, settings, device, "test")
+    data = Path(settings["data"])
+    if (data / M2).exists():
+        scores = max_match(found, read_m2(data / M2))
+        return {"precision": scores["precision"], "recall": scores["recall"], "f0.5": scores["f"]}
+    files = sorted((data / ANNOTATORS).iterdir())
+    return {"gleu": gleu(found, [path.read_text(encoding="utf-8").split("\n")[:-1] for path in files], sources)}
+
+
+def mixture(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
+    """Scores (%) of each task of a mixture that is trained as text to text, on its validation split."""
+    found, _, _ = _generated(run, settings, device, "valid")
+    parts = json.loads((Path(settings["data"]) / text_to_text.PARTS).read_text(encoding="utf-8"))
+    return text_to_text.score_parts([text_to_text.Part(*part) for part in parts], found)
+
+
+def _generated(
+    run: Path, settings: dict[str, Any], device: list[str], split: str
+) -> tuple[list[str], list[str], list[str]]:
+    """Generated lines, targets and sources; the settings of the evaluation are flags of fairseq-generate."""
+    data, flags = Path(settings["data"]), command_line(settings["evaluation"])
+    lines = generate(data, run / "checkpoint_best.pt", data / MODEL, [*flags, *device], split)
+    (run / GENERATED).write_text("".join(f"{line}\n" for line in lines[0]), encoding="utf-8")
+    return lines
+
+
+def _by_sentence(line: str) -> str:
+    """The sentences of a text on lines of their own, for summary-level ROUGE."""
+    return re.sub(r"(?<=[.!?]) +", "\n", line)
+
+
 EVALUATIONS: dict[str, Callable[[Path, dict[str, Any], list[str]], Scores]] = {
     "classification": classification,
     "perplexity": perplexity,
@@ -124,6 +186,10 @@ EVALUATIONS: dict[str, Callable[[Path, dict[str, Any], list[str]], Scores]] = {
     "glue": glue,
     "sts": sts,
     "transfer": transfer,
+    "denoising": denoising,
+    "summarisation": summarisation,
+    "correction": correction,
+    "mixture": mixture,
 }
 
 

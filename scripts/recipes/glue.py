@@ -167,7 +167,14 @@ def _table_records(task: GlueTask, path: Path, split: str) -> Iterator[tuple[int
 # -- folders for fairseq -----------------------------------------------------------------------------------------------
 
 
-def _sampled(task: GlueTask, found: list[Instance], rate: float | None, most: int | None, seed: int) -> list[Instance]:
+def sampled(task: GlueTask, found: list[Instance], rate: float | None, most: int | None, seed: int) -> list[Instance]:
+    """Choose instances: a share of them, or at most a number; all, if neither is given.
+
+    Raises:
+        ValueError: if both are given.
+    """
+    if rate is not None and most is not None:
+        raise ValueError("--rate and --max-train both choose the size of the training split; give one of them")
     answers = [instance.answer for instance in found]
     if rate is not None:
         size = sample_size(len(found), rate, 0 if task.is_regression else len(set(answers)))
@@ -227,15 +234,13 @@ def prepare(
     Raises:
         ValueError: if a file or an argument is wrong, or the folder already holds a prepared task.
     """
-    if rate is not None and max_train is not None:
-        raise ValueError("--rate and --max-train both choose the size of the training split; give one of them")
     if task.trainer == "span_prediction" and not hasattr(tokenize, "offsets"):
         raise ValueError(f"{task.name} asks about spans, so its tokenizer needs a method offsets (see Tokenize)")
     if (out / DESCRIPTION).exists():
         raise ValueError(f"--out {out} already holds a prepared task; remove it or name another folder")
     contents = {split: read_file(task, path, split) for split, path in files.items()}
     if "train" in contents:
-        kept = _sampled(task, contents["train"].instances, rate, max_train, seed)
+        kept = sampled(task, contents["train"].instances, rate, max_train, seed)
         contents["train"] = contents["train"]._replace(instances=kept)
     writer = _Writer(task, out, dictionary, tokenize)
     written = {split: writer.write(split, found) for split, found in contents.items()}

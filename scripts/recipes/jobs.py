@@ -13,6 +13,7 @@ from scripts.recipes.commands import PLUGIN
 from scripts.recipes.recipe import Flags, Recipe, command_line
 
 LOG, SCORES, SETTINGS = "train.log", "scores.json", "settings.json"
+MODEL = "model"  # in the folder of a run that others need: its model
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ class Job:
         slug = re.sub(r"\W+", "-", self.method.lower()).strip("-")
         return parent / f"{settings}-{slug}" / f"seed{seed}"
 
-    @cached_property
+    @property
     def run(self) -> Path:
         """The folder of a run with these settings: of another name where another table or row has made it."""
         parent, settings, seed = self.key
@@ -119,9 +120,15 @@ class Job:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def needed_jobs(recipe: Recipe, out: Path) -> dict[str, Job]:
+    """The runs whose models a recipe's preparation needs, by option."""
+    return {name: Job(needed, needed.baseline, needed.seeds[0], out) for name, needed in recipe.needs.items()}
+
+
 def data_folder(recipe: Recipe, out: Path) -> Path:
-    """Where the data of a recipe is prepared: named after the preparing folder, size and options."""
-    options = json.dumps({key: value for key, value in sorted(recipe.options.items())})
+    """Where the data of a recipe is prepared: named after the preparing folder, size, options and needed runs."""
+    runs = {name: str(job.folder.relative_to(out)) for name, job in needed_jobs(recipe, out).items()}
+    options = json.dumps({key: value for key, value in sorted({**recipe.options, **runs}.items())})
     return out / recipe.prepare.parent.name / recipe.size / _digest(options) / "data"
 
 

@@ -49,6 +49,8 @@ def record_job(job: Job, tables: Sequence[Path]) -> None:
 def _scored(job: Job) -> dict[str, str]:
     """The table's metric, and what the development set says: of this metric, of the run, or its lowest loss."""
     scores, metric = job.scores or {}, job.recipe.metric.name
+    if metric not in scores:
+        raise ValueError(f"{job.run} has no score {metric!r}; it has {', '.join(scores)}")
     valid = [scores[name] for name in (f"valid_{metric}", "valid") if name in scores]
     best = valid[0] if valid else training_summary(job.run)["best_valid"]
     return {"metric": metric, "value": f"{scores[metric]:.6g}", "valid": f"{best:.6g}"}

@@ -23,8 +23,9 @@ columns of its own.
 ``seeds``       seeds of the runs
 ``shared_start``  ``true``: the epochs before ``sam-start-epoch`` are run once for all methods of a seed
 ``sizes``       ``mini`` and ``paper``: ``options``, ``evaluation``, ``flags``, ``methods`` (flags by method),
-                ``rates`` and ``seeds`` that differ, and ``columns``: those that the size has, default all, with what
-                differs
+                ``rates`` and ``seeds`` that differ, ``columns``: those that the size has, default all, with what
+                differs, and ``needs``: by name of an option, the folder of the recipe whose model it names, which is
+                trained first
 ``sources``     where a setting is from, by flag, option or method
 ==============  ====================================================================================================
 """
@@ -39,12 +40,13 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 FILE = "recipe.yaml"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast, where it was built
 KEYS = {
     "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "evaluation", "flags", "flags_of",
     "methods", "columns", "rates", "average", "seeds", "shared_start", "sizes", "sources",
 }  # fmt: skip
 COLUMN_KEYS = {"options", "evaluation", "flags", "methods", "metric"}
-SIZE_KEYS = {*(COLUMN_KEYS - {"metric"}), "columns", "rates", "seeds"}
+SIZE_KEYS = {*(COLUMN_KEYS - {"metric"}), "columns", "rates", "seeds", "needs"}
 
 Flags = dict[str, Any]
 
@@ -92,6 +94,7 @@ class Recipe:
         sources: where settings are from.
         shared_start: whether the epochs before the start epoch are run once for all methods.
         average: whether the table has the averages over its columns too.
+        needs: by option, the recipe of the model that the preparation needs; its baseline is trained first.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Recipe:
     sources: Mapping[str, str] = field(default_factory=dict)
     shared_start: bool = False
     average: bool = False
+    needs: Mapping[str, "Recipe"] = field(default_factory=dict)
 
     @property
     def baseline(self) -> str:
@@ -188,7 +192,17 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
         sources=content.get("sources") or {},
         shared_start=bool(content.get("shared_start")),
         average=bool(content.get("average")),
+        needs={
+            name: read_recipe(needed, size)
+            for name, needed in (at_size.get("needs") or {}).items()
+            if name not in (changed or {})
+        },
     )
+
+
+def size_names(folder: str | Path) -> list[str]:
+    """The sizes that a recipe has."""
+    return list(_content(_found(folder))["sizes"])
 
 
 def column_names(folder: str | Path, size: str) -> list[str]:
@@ -252,12 +266,15 @@ def _found(folder: str | Path) -> Path:
 
 
 def _content(place: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((place / FILE).read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.load((place / FILE).read_text(encoding="utf-8"), Loader=LOADER)
     unknown = sorted(set(content) - KEYS)
     if unknown:
         raise RecipeError(f"{place / FILE} has {unknown[0]!r}; the keys are {', '.join(sorted(KEYS))}")
     if "prepare" in content:
         content["prepare"] = place / content["prepare"]
+    for size in (content.get("sizes") or {}).values():
+        if size and "needs" in size:
+            size["needs"] = {name: place / folder for name, folder in size["needs"].items()}
     if "extends" in content:
         base = _content(_found(place / content.pop("extends")))
         sources = {**(base.get("sources") or {}), **(content.get("sources") or {})}
@@ -281,7 +298,7 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any], inherited: set[str]
         parts: dict[str, Any] = {}
         for key in ("options", "evaluation", "flags"):
             parts[key] = {**(first.get(key) or {}), **(second.get(key) or {})}
-        for key in ("rates", "seeds"):
+        for key in ("rates", "seeds", "needs"):
             parts[key] = second.get(key, first.get(key))
         for key in ("methods", "columns"):
             parts[key] = second.get(key)

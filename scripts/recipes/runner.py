@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from scripts.recipes.jobs import SCORES, Job, data_folder, progress_of
+from scripts.recipes.jobs import MODEL, SCORES, Job, data_folder, needed_jobs, progress_of
 from scripts.recipes.obtained import record_job, write_significance
 from scripts.recipes.recipe import ROOT, Recipe, command_line
 
@@ -40,7 +40,7 @@ def run_table(
     record: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Prepare the data and run methods × seeds.
+    """Prepare the data and run methods × seeds, after those of the recipes whose models are needed.
 
     Args:
         recipes: the columns of one recipe at one size.
@@ -60,6 +60,10 @@ def run_table(
     unknown = sorted(set(methods or ()) - set(first.methods))
     if unknown:
         raise RunError(f"--methods must be among {', '.join(first.methods)}, got {unknown[0]!r}")
+    for needed in {each.folder: each for recipe in recipes for each in recipe.needs.values()}.values():
+        run_table(
+            [needed], data=data, out=out, methods=[needed.baseline], seeds=needed.seeds[:1], cpu=cpu, dry_run=dry_run
+        )
     num_gpus = 0 if cpu else torch.cuda.device_count()
     jobs = [
         Job(recipe, method, seed, out, cpu=not num_gpus)
@@ -85,7 +89,8 @@ def run_table(
 
 def preparation(recipe: Recipe, data: Path, out: Path) -> list[str]:
     """Return the command that prepares a recipe's data."""
-    flags = {name.replace("_", "-"): value for name, value in recipe.options.items()}
+    options = {**recipe.options, **{name: job.run / MODEL for name, job in needed_jobs(recipe, out).items()}}
+    flags = {name.replace("_", "-"): value for name, value in options.items()}
     folders = ["--data", str(data), "--out", str(data_folder(recipe, out))]
     return [sys.executable, str(recipe.prepare), *folders, *command_line(flags)]
 

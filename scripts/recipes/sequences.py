@@ -10,12 +10,42 @@ from pathlib import Path
 from scripts.recipes.commands import ALL_INSTANCES, CommandError, fairseq_command
 from scripts.recipes.recipe import ROOT
 from scripts.recipes.subwords import Gpt2, Tokenize
-from scripts.recipes.text import CorpusError
+from scripts.recipes.text import CorpusError, read_lines
 
 SIDES = ("source", "target")
 SENTENCEPIECE = "sentencepiece.model"
 GPT2 = ("encoder.json", "vocab.bpe")
+MODEL = "model"  # beside the prepared data: the pretrained model's folder
+SAMPLED = 20000  # lines that a SentencePiece model is trained on, the first ones
 Pairs = Sequence[tuple[str, str]]
+
+
+def link_model(named: str | None, out: Path, variant: str = "") -> Path:
+    """Put a link to a pretrained model's folder beside the prepared data, where training and evaluation look for it.
+
+    Args:
+        named: the folder, with ``model.pt``, ``dict.txt`` and the subwords' files.
+        out: folder of the prepared data.
+        variant: name of the folder within `named`, where there are several, such as ``bart.large``.
+
+    Returns:
+        The link, ``out/model``.
+
+    Raises:
+        CorpusError: if none is named, or it lacks a file.
+    """
+    if not named:
+        raise CorpusError("this recipe needs a pretrained model: run_table.py … --set model=FOLDER")
+    folder = Path(named) / variant if variant and (Path(named) / variant).is_dir() else Path(named)
+    for name in ("model.pt", "dict.txt"):
+        if not (folder / name).is_file():
+            raise CorpusError(f"--model {folder} must hold model.pt and dict.txt; {name} is not there")
+    subwords_of(folder)
+    link = out / MODEL
+    out.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.resolve(), target_is_directory=True)
+    return link
 
 
 class SentencePieces:
@@ -52,12 +82,53 @@ def subwords_of(model: Path) -> Tokenize:
     raise CorpusError(f"{model} must hold {SENTENCEPIECE}, or {' and '.join(GPT2)}, for its subwords")
 
 
+def train_sentencepiece(lines: Sequence[str], folder: Path, num_subwords: int) -> None:
+    """Train a SentencePiece model (unigram) and write it beside fairseq's dictionary of its pieces.
+
+    Args:
+        lines: the text.
+        folder: folder to write ``sentencepiece.model`` and ``dict.txt`` into.
+        num_subwords: size of the vocabulary at most, fairseq's four special symbols included.
+
+    Raises:
+        CorpusError: if the text has as many characters.
+    """
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = folder / Path(SENTENCEPIECE).stem
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines[:SAMPLED]), model_prefix=str(prefix), vocab_size=num_subwords - 1,
+            hard_vocab_limit=False, max_sentence_length=1 << 16, num_threads=1, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise CorpusError(f"no SentencePiece model of {num_subwords} subwords can be trained: {error}") from error
+    processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    numbers = range(processor.get_piece_size())
+    special = {number for number in numbers if processor.is_control(number) or processor.is_unknown(number)}
+    lines = [f"{processor.id_to_piece(number)} 1\n" for number in numbers if number not in special]
+    (folder / "dict.txt").write_text("".join(lines), encoding="utf-8")
+
+
 def decoding_flags(model: Path) -> list[str]:
     """Fairseq's flags that join a model's subwords to text."""
     if (model / SENTENCEPIECE).is_file():
         return ["--bpe", "sentencepiece", "--sentencepiece-model", str(model / SENTENCEPIECE)]
     files = [str(model / name) for name in GPT2]
     return ["--bpe", "gpt2", "--gpt2-encoder-json", files[0], "--gpt2-vocab-bpe", files[1]]
+
+
+def read_sides(folder: Path, name: str) -> list[tuple[str, str]]:
+    """Read pairs of lines from ``name.source`` and ``name.target``; those with an empty side are left out.
+
+    Raises:
+        CorpusError: if a file is missing, or one is longer.
+    """
+    sources, targets = (read_lines(folder, f"{name}.{side}") for side in SIDES)
+    if len(sources) != len(targets):
+        raise CorpusError(f"{folder}: {name} has {len(sources)} lines in .source and {len(targets)} in .target")
+    return [pair for pair in zip(sources, targets, strict=True) if all(side.strip() for side in pair)]
 
 
 def prepare_pairs(splits: Mapping[str, Pairs], model: Path, out: Path, max_source: int, max_target: int) -> None:

@@ -5,11 +5,15 @@ the task's name, each text has a name before it, words that a task asks about st
 the label's words. Scores of a regression are rounded to a fifth, so that they are 21 classes.
 """
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from scripts.recipes.glue_tasks import GlueTask, Instance
+from scripts.recipes.glue_tasks import TASKS, GlueTask, Instance
+from scripts.recipes.scores import METRICS
 
 STEP = 0.2  # of scores
+PARTS = "parts.json"  # beside prepared data: the parts of its validation split
 ASTERISK = "*"
 
 # What the labels that are numbers, or true and false, are called; other labels are words already.
@@ -70,6 +74,50 @@ def answers_of(task: GlueTask, lines: Sequence[str]) -> list[str] | list[float]:
         return [_number(text) for text in texts]
     labels = {target_line(task, label): label for label in task.labels}
     return [labels.get(text, f"({text})") for text in texts]
+
+
+class Part(NamedTuple):
+    """Instances of a task that follow each other in the validation split of a mixture of tasks.
+
+    Attributes:
+        name: what its scores begin with.
+        task: name of the task.
+        answers: right labels or scores.
+    """
+
+    name: str
+    task: str
+    answers: list[str]
+
+
+def score_parts(parts: Sequence[Part], lines: Sequence[str]) -> dict[str, float]:
+    """Score the lines generated for a mixture.
+
+    Args:
+        parts: in the order of the lines.
+        lines: what a model has written, a line for each answer.
+
+    Returns:
+        For each part its task's metrics, such as ``cb_accuracy`` and ``cb_macro_f1``, and ``average``: the mean over
+        parts, of several metrics their mean. A correlation that there is none of counts as 0 in it.
+
+    Raises:
+        ValueError: if there are not as many lines as answers.
+    """
+    wanted = sum(len(part.answers) for part in parts)
+    if len(lines) != wanted:
+        raise ValueError(f"expected {wanted} lines, got {len(lines)}")
+    scores: dict[str, float] = {}
+    means, start = [], 0
+    for part in parts:
+        task, end = TASKS[part.task], start + len(part.answers)
+        found, start = answers_of(task, lines[start:end]), end
+        right = [float(answer) for answer in part.answers] if task.is_regression else part.answers
+        own = {name: METRICS[name](found, right, task.positive) for name in task.metrics}
+        scores |= {f"{part.name}_{name}": value for name, value in own.items()}
+        mean = own[task.metrics[-1]]  # of a task with two metrics the third is their mean
+        means.append(0.0 if math.isnan(mean) else mean)
+    return {**scores, "average": sum(means) / len(means)}
 
 
 def _plain(name: str) -> str:

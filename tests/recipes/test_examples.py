@@ -10,20 +10,16 @@ from fairseq.trainer import Trainer
 from fairseq_cli.train import main
 
 from scripts.recipes.jobs import Job, data_folder
-from scripts.recipes.recipe import RecipeError, column_names, read_recipe, recipe_folders
+from scripts.recipes.recipe import RecipeError, column_names, command_line, read_recipe, recipe_folders
 from scripts.recipes.runner import preparation
 from tests.adapter import pretrained, runs
 from tests.recipes import corpora, glue_files, sts_files
 
 FEWER = {
-    "num_train": 40,
-    "num_valid": 16,
-    "num_test": 16,
-    "num_lines": 40,
-    "max_train": 24,
-    "num_sentences": 24,
-    "layers": 1,
-}
+    "num_train": 40, "num_valid": 16, "num_test": 16, "num_lines": 40, "max_train": 24, "held_out": 6,
+    "num_held_out": 10, "num_subwords": 120, "num_sentences": 24, "layers": 1,
+}  # fmt: skip
+GLUE = {"glue": ("MRPC", "CoLA", "STS-B", "SST-2", "RTE"), "superglue": ("BoolQ", "CB", "COPA", "WiC")}
 SHORTER = {"tokens-per-sample": "16"}  # the generated Penn TreeBank is shorter than a batch of the real one
 MINILM = {"layers": 6, "embed-dim": 384, "ffn-embed-dim": 1536, "attention-heads": 12}
 SMALLER = {"layers": 2, "embed-dim": 24, "ffn-embed-dim": 40, "attention-heads": 4}  # as pretrained.SIZES
@@ -36,10 +32,16 @@ def data(tmp_path_factory):
     corpora.write_ptb(folder)
     corpora.write_envi(folder)
     corpora.write_deen(folder)
+    corpora.write_aeslc(folder)
+    corpora.write_jfleg(folder)
+    corpora.write_wikitext(folder)
     sts_files.write_sets(folder)
-    for task in ("MRPC", "CoLA", "STS-B", "RTE"):
-        glue_files.write_task(folder / "glue", task, num_train=30)
-    glue_files.write_task(folder / "superglue", "WiC", num_train=30)
+    for benchmark, tasks in GLUE.items():
+        for task in tasks:
+            glue_files.write_task(folder / benchmark, task, num_train=30)
+    (folder / "superglue" / "BoolQ" / "train.jsonl").unlink()  # as where only the validation file is to be had
+    bart = command_line(read_recipe("bart_small", "mini").methods["Adam"])
+    corpora.write_pretrained(folder / "bart", *bart)
     pretrained.write_original(folder / "encoder", "bert", max_position_embeddings=512)
     return folder
 
@@ -56,7 +58,8 @@ def test_one_update(name, data, out, in_this_process, monkeypatch):
     column = column_names(name, "mini")[-1]
     options = read_recipe(name, "mini", column).options
     changed = {key: value for key, value in FEWER.items() if key in options}
-    changed |= {"encoder": str(data / "encoder")} if "encoder" in options else {}
+    named = {"encoder": "encoder", "model": "bart"}
+    changed |= {option: str(data / folder) for option, folder in named.items() if option in options}
     recipe = read_recipe(name, "mini", column, changed)
     job = Job(recipe, list(recipe.methods)[-1], 1, out, cpu=True)
     if not (job.data / "data-bin").exists():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -212,6 +213,63 @@ def test_rows_with_the_same_settings_are_one_run(tmp_path, fake_commands, capsys
     assert "2 runs, 2 of them done" in capsys.readouterr().out
     run_table(columns, data=data, out=tmp_path / "other", seeds=[1], dry_run=True)
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * 2  # a preparation, two trainings and evaluations
+    with pytest.raises(ValueError, match="has no score 'bleu'; it has accuracy, f1"):
+        other = replace(recipe, metric=Metric("bleu"))
+        run_table([other], data=data, out=tmp_path / "out", seeds=[1])
+
+
+LITTLE = (
+    "encoder-layers: 1, decoder-layers: 1, encoder-embed-dim: 16, decoder-embed-dim: 16, encoder-ffn-embed-dim: 16, "
+    "decoder-ffn-embed-dim: 16, max-update: 2, total-num-update: 2, warmup-updates: 1"
+)
+MODEL_RECIPE = f"""
+extends: {EXAMPLES / "bart_small"}
+methods: {{Adam: {{optimizer: adam}}}}
+sizes: {{mini: {{options: {{num_subwords: 60, num_train: 40, num_held_out: 10}}, flags: {{{LITTLE}}}}}}}
+"""
+TABLE_RECIPE = f"""
+extends: {EXAMPLES / "delta_sam_table3_cnndm"}
+seeds: [1]
+methods: {{BART: {{optimizer: adam}}}}
+sizes:
+  mini:
+    needs: {{model: ../tiny_bart}}
+    options: {{num_train: 20, num_valid: 8, num_test: 6}}
+    evaluation: {{beam: 1, max-len-b: 3}}
+    flags: {{{LITTLE}}}
+"""
+
+
+@pytest.mark.slow
+def test_a_needed_model_is_trained_first(tmp_path, capsys, monkeypatch, in_this_process):
+    corpora.write_aeslc(tmp_path / "corpora")
+    for name, text in (("tiny_bart", MODEL_RECIPE), ("table", TABLE_RECIPE)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(text)
+    recipes = [read_recipe(tmp_path / "table", "mini", column) for column in ("RG-1", "RG-L")]
+    run = partial(run_table, recipes, data=tmp_path / "corpora", out=tmp_path / "out", cpu=True)
+    run(dry_run=True)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1 if "prepare.py" in line[1] else 2].split("/")[-1] for line in lines] == [
+        "prepare.py", "fairseq_cli.train", "scripts.recipes.evaluations",
+    ] * 2  # fmt: skip
+    folder = Path(lines[3][lines[3].index("--model") + 1])
+    assert not folder.exists()
+    run()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "dict.txt", "model.pt", "sentencepiece.model", "sentencepiece.vocab",
+    ]  # fmt: skip
+    state = runs.load(folder / "model.pt")
+    assert state["last_optimizer_state"] is None and state["optimizer_history"][-1]["num_updates"] == 2
+    (job,) = {
+        job.key: job for job in (Job(recipe, "BART", 1, tmp_path / "out", cpu=True) for recipe in recipes)
+    }.values()
+    assert "rougeLsum" in job.scores and (job.data / "model").resolve() == folder.resolve()
+    (row,) = read_rows(tmp_path / "out" / "tiny_bart" / "mini" / "obtained.tsv")
+    assert row["metric"] == "loss" and 4 < float(row["value"]) < 8  # of 60 subwords
+    monkeypatch.setattr(runner, "subprocess", None)  # nothing is run again
+    run()
+    assert "1 runs, 1 of them done" in capsys.readouterr().out
 
 
 def test_missing_corpus_and_unknown_method(tmp_path):

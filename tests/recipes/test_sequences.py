@@ -4,9 +4,14 @@ import pytest
 
 pytest.importorskip("fairseq", reason="sequences are binarised and generated with fairseq")
 
-import sentencepiece
-
-from scripts.recipes.sequences import generate, prepare_pairs, subwords_of
+from scripts.recipes.sequences import (
+    generate,
+    link_model,
+    prepare_pairs,
+    read_sides,
+    subwords_of,
+    train_sentencepiece,
+)
 from scripts.recipes.text import CorpusError
 from tests.adapter import runs
 
@@ -28,14 +33,39 @@ def pairs():
 def model(tmp_path_factory, pairs):
     """SentencePiece and fairseq's dictionary of it."""
     folder = tmp_path_factory.mktemp("model")
-    text = folder / "text"
-    text.write_text("\n".join(line for pair in pairs for line in pair))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "sentencepiece"), vocab_size=120, minloglevel=2
-    )
-    rows = (folder / "sentencepiece.vocab").read_text(encoding="utf-8").splitlines()[3:]
-    (folder / "dict.txt").write_text("".join(row.split("\t")[0] + " 1\n" for row in rows), encoding="utf-8")
+    train_sentencepiece([line for pair in pairs for line in pair], folder, 121)
     return folder
+
+
+def test_the_dictionary_has_the_subwords(model, pairs):
+    from fairseq.data import Dictionary
+
+    dictionary = Dictionary.load(str(model / "dict.txt"))
+    words = [word for line in subwords_of(model)([" ".join(pair) for pair in pairs]) for word in line]
+    assert len(dictionary) == 121 and dictionary.unk() not in {dictionary.index(word) for word in words}
+
+
+def test_a_link_to_the_model(tmp_path, model):
+    (model / "model.pt").touch()
+    for named in (model, tmp_path / "models"):  # the folder itself, then one that has it
+        (tmp_path / "models").mkdir(exist_ok=True)
+        if not (tmp_path / "models" / "bart.large").exists():
+            (tmp_path / "models" / "bart.large").symlink_to(model)
+        link = link_model(str(named), tmp_path / "data", "bart.large")
+        assert link == tmp_path / "data" / "model" and link.resolve() == model.resolve()
+    with pytest.raises(CorpusError, match=r"needs a pretrained model: .* --set model=FOLDER"):
+        link_model(None, tmp_path)
+    with pytest.raises(CorpusError, match=r"models must hold model\.pt and dict\.txt; model\.pt is not there"):
+        link_model(str(tmp_path / "models"), tmp_path / "data", "bart.base")
+
+
+def test_two_files_side_by_side(tmp_path):
+    for side, lines in (("source", ["a b", " ", "c"]), ("target", ["A", "B", "C"])):
+        (tmp_path / f"val.{side}").write_text("\n".join(lines) + "\n")
+    assert read_sides(tmp_path, "val") == [("a b", "A"), ("c", "C")]
+    (tmp_path / "val.target").write_text("A\n")
+    with pytest.raises(CorpusError, match=r"val has 3 lines in \.source and 1 in \.target"):
+        read_sides(tmp_path, "val")
 
 
 def test_from_pairs_to_generated_lines(tmp_path, model, pairs, in_this_process):

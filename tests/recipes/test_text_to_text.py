@@ -4,7 +4,7 @@ import pytest
 
 from scripts.recipes import glue
 from scripts.recipes.glue_tasks import Instance, Span
-from scripts.recipes.text_to_text import answers_of, source_line, target_line
+from scripts.recipes.text_to_text import Part, answers_of, score_parts, source_line, target_line
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,19 @@ def test_every_answer_comes_back(name):
 def test_what_is_no_answer_is_wrong():
     assert answers_of(glue.TASKS["MRPC"], ["equivalent equivalent", ""]) == ["(equivalent equivalent)", "()"]
     assert answers_of(glue.TASKS["STS-B"], ["many", "3.4"]) == [0.0, 3.4]
+
+
+def test_scores_of_a_mixture():
+    parts = [
+        Part("boolq", "BoolQ", ["True", "False", "True", "True"]),
+        Part("cb", "CB", ["entailment", "neutral"]),
+        Part("sts-b", "STS-B", ["1.000", "2.500", "4.000"]),
+    ]
+    lines = ["true", "true", "maybe", "true", "entailment", "entailment", "2.0", "2.0", "2.0"]
+    scores = score_parts(parts, lines)
+    assert scores["boolq_accuracy"] == scores["cb_accuracy"] == 50.0
+    # F1 of entailment 2/3, of neutral 0; contradiction, which does not occur, has none.
+    assert scores["cb_macro_f1"] == pytest.approx(100 / 3) and scores["sts-b_pearson"] != scores["sts-b_pearson"]
+    assert scores["average"] == pytest.approx((50 + (50 + 100 / 3) / 2 + 0) / 3)
+    with pytest.raises(ValueError, match="expected 9 lines, got 8"):
+        score_parts(parts, lines[1:])
