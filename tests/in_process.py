@@ -55,6 +55,13 @@ def _status_of(words, err):
     return 0
 
 
+def _forget_the_best_score():
+    """fairseq keeps it in an attribute of a function, where the next training would find it."""
+    module = sys.modules.get("fairseq.checkpoint_utils")
+    if module is not None:
+        vars(module.save_checkpoint).pop("best", None)
+
+
 @contextlib.contextmanager
 def _as_a_process(words, out, err):
     """Its own arguments, output, log, warnings and random numbers."""
@@ -64,6 +71,7 @@ def _as_a_process(words, out, err):
     level, path, argv = root.level, sys.path[:], sys.argv
     log = logging.StreamHandler(err)
     log.setFormatter(logging.Formatter("%(levelname)s | %(name)s | %(message)s"))
+    _forget_the_best_score()
     try:
         root.handlers[:] = [log]
         root.setLevel(logging.INFO)
@@ -77,6 +85,7 @@ def _as_a_process(words, out, err):
             warnings.simplefilter("ignore")
             yield
     finally:
+        _forget_the_best_score()
         sys.argv, sys.path[:] = argv, path
         root.setLevel(level)
         logging.disable(logging.NOTSET)
