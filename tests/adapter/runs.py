@@ -103,13 +103,16 @@ def write_classification_data(folder: Path) -> Path:
 
 
 def preprocess(text: Path, out: Path, *flags: str, suffix: str = "") -> None:
+    from fairseq_cli.preprocess import main
+
     prefixes = [f"--{split}pref" for split in ("train", "valid", "test")]
     if suffix:
         flags = (*flags, "--source-lang", suffix[1:])
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--destdir", str(out), *flags]
+    words = ["--destdir", str(out), *flags]
     for prefix in prefixes:
-        command += [prefix, str(text / prefix[2:-4])]
-    subprocess.run(command, check=True, capture_output=True)
+        words += [prefix, str(text / prefix[2:-4])]
+    with quiet():
+        main(options.get_preprocessing_parser().parse_args(words))
     if suffix:
         for file in [*out.glob(f"*{suffix}-None{suffix}.*"), *out.glob(f"dict{suffix}.txt")]:
             file.rename(out / file.name.replace(f"{suffix}-None{suffix}", "").replace(suffix, ""))

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fairseq_sam.adapter.errors import ConfigurationError
 from fairseq_sam.adapter.hugging_face import model_folder
 from fairseq_sam.adapter.subwords import SPECIAL_SYMBOLS, symbols_of
 from fairseq_sam.models.bert import BertModel, PositionsAndSegments
+from tests import in_process
 from tests.adapter import pretrained, runs
 from tests.adapter.pretrained import PAIRS, TEXTS, transformers
 
@@ -31,6 +33,7 @@ PREDICTION = (
     "--classification-head-name head --max-update 2 --batch-size 8"
 ).split()
 SEPARATOR = {"bert": [], "roberta": ["--separator-token", "2"]}
+SCRIPT = [sys.executable, str(runs.ROOT / "scripts" / "convert_encoder.py")]
 
 
 @pytest.fixture(scope="module", params=["bert", "roberta"])
@@ -359,12 +362,13 @@ def test_folder_that_was_moved(folders, tmp_path):
 # -- checkpoint and training ------------------------------------------------------------------------------------------
 
 
-def test_checkpoint_holds_plain_containers_only(kind, folders):
+def test_checkpoint_holds_plain_containers_only(folders):
     """torch's safe loader reads it without this plugin and without fairseq."""
-    code = "import sys, torch; print(torch.load(sys.argv[1], weights_only=True)['cfg']['model']['_name'])"
-    path = folders[kind].converted / "model.pt"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, kind), done.stderr
+    code = "import sys, torch; cfgs = [torch.load(each, weights_only=True)['cfg'] for each in sys.argv[1:]]; "
+    code += "print(*(cfg['model']['_name'] for cfg in cfgs))"
+    paths = [str(folder.converted / "model.pt") for folder in folders.values()]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, list(folders)), done.stderr
 
 
 def test_configuration_is_that_of_the_original(folders):
@@ -377,8 +381,18 @@ def test_configuration_is_that_of_the_original(folders):
 
 
 @pytest.fixture(scope="module")
-def pairs(kind, folders, tmp_path_factory):
-    return pretrained.write_pairs(tmp_path_factory.mktemp("pairs"), folders[kind].converted, folders[kind].bpe.encode)
+def pairs_of(folders, tmp_path_factory):
+    @cache
+    def pairs(kind):
+        folder = folders[kind]
+        return pretrained.write_pairs(tmp_path_factory.mktemp("pairs"), folder.converted, folder.bpe.encode)
+
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def pairs(kind, pairs_of):
+    return pairs_of(kind)
 
 
 def training_flags(converted):
@@ -459,17 +473,15 @@ def test_masked_language_modelling_goes_on(kind, folders, tmp_path):
     assert len(task.source_dictionary) == folder.model.config.vocab_size
 
 
-def test_the_commands(folders, tmp_path):
-    """The script, then fairseq-train with the flags that it writes, in processes of their own."""
+def test_the_commands(folders, pairs_of, tmp_path):
+    """The script, then fairseq-train with the flags that it writes, in a process of its own."""
     kind = "bert"
-    pairs = pretrained.write_pairs(tmp_path / "pairs", folders[kind].converted, folders[kind].bpe.encode)
-    script = runs.ROOT / "scripts" / "convert_encoder.py"
-    command = [sys.executable, str(script), "--input", str(folders[kind].original), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [*SCRIPT, "--input", str(folders[kind].original), "--output", str(tmp_path / "out")]
+    done = in_process.run(command)
     assert done.returncode == 0 and "flags of the model: --arch" in done.stdout, done.stderr
     assert (tmp_path / "out" / "dict.txt").read_text() == (folders[kind].converted / "dict.txt").read_text()
     flags = [*training_flags(tmp_path / "out"), *PREDICTION, "--optimizer", "sam", "--save-dir", str(tmp_path / "run")]
-    trained = runs.train_in_subprocess(str(pairs), *runs.common_flags(), *flags)
+    trained = runs.train_in_subprocess(str(pairs_of(kind)), *runs.common_flags(), *flags)
     assert trained.returncode == 0, trained.stderr
     assert (tmp_path / "run" / "checkpoint_last.pt").exists()
 
@@ -631,14 +643,13 @@ def test_source_and_output(folders, tmp_path, monkeypatch):
 
 
 def test_script_refuses_in_one_line(tmp_path):
-    script = str(runs.ROOT / "scripts" / "convert_encoder.py")
-    command = [sys.executable, script, "--input", str(tmp_path / "none"), "--output", str(tmp_path / "out")]
+    command = [*SCRIPT, "--input", str(tmp_path / "none"), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "there is no folder" in done.stderr
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--num-segments", "0"), ("--layer-norm-epsilon", "0")])
-def test_bad_model_flags(flag, value, folders, pairs):
+def test_bad_model_flags(flag, value, pairs_of):
     with pytest.raises(ConfigurationError, match=f"{flag} must be"):
-        runs.build_trainer(pairs, "--arch", "bert", *PREDICTION, "--optimizer", "sam", flag, value)
+        runs.build_trainer(pairs_of("bert"), "--arch", "bert", *PREDICTION, "--optimizer", "sam", flag, value)

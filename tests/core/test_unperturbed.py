@@ -196,12 +196,16 @@ class Interrupted:
 @pytest.mark.parametrize("error", interrupt.ERRORS)
 @pytest.mark.parametrize("preset", ["sam", "freelb"])
 def test_an_interrupt_anywhere_leaves_the_model(preset, error):
-    """Every bytecode of this room, and of what enters and leaves its contexts, in turn with the four errors."""
+    """Every bytecode of this room, and of what enters and leaves its contexts, in turn with the four errors.
+
+    Where one is executed often, for each of the parameters, the first and the last time.
+    """
     run = Interrupted(preset)
     run.accumulate()
     seen = interrupt.trace(run.accumulate, "opcode")
     own = {n for n, (file, _) in enumerate(seen) if file.endswith("unperturbed.py")}
     near = sorted({m for n in own for m in range(max(0, n - 3), min(len(seen), n + 4))})
+    near = [near[place] for place in interrupt.first_and_last([seen[n] for n in near])]
     expected = Interrupted(preset)
     expected.accumulate()
     assert len(near) > 100

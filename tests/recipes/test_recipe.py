@@ -108,6 +108,7 @@ def test_another_table_on_the_same_data_shares_runs(tmp_path):
     job, same = Job(one, "Baseline", 1, tmp_path), Job(two, "Base", 1, tmp_path)
     job.write_settings()
     assert same.run == job.run and Job(two, "Wide", 1, tmp_path).run != job.run
+    assert same.key == job.key and same.folder != job.folder
     assert Job(one, "Baseline", 2, tmp_path).run != job.run
 
 

@@ -18,6 +18,7 @@ from scripts.recipes.jobs import LOG, SCORES, SETTINGS, Job, data_folder, log_li
 from scripts.recipes.obtained import read_rows
 from scripts.recipes.recipe import EXAMPLES, ROOT, Metric, read_recipe
 from scripts.recipes.runner import RunError, run_table
+from tests import in_process
 from tests.adapter import runs
 from tests.recipes import corpora
 
@@ -62,7 +63,7 @@ IMDB = {
 
 
 @pytest.mark.slow
-def test_a_table_from_data_to_rows(tmp_path, capsys, monkeypatch):
+def test_a_table_from_data_to_rows(tmp_path, capsys, monkeypatch, in_this_process):
     recipe, data = small(tmp_path, "ga_sam_table1_imdb", IMDB)
     out = tmp_path / "out"
     run_table([recipe], data=data, out=out, cpu=True, num_jobs=2)
@@ -82,13 +83,14 @@ def test_a_table_from_data_to_rows(tmp_path, capsys, monkeypatch):
     assert "4 runs, 0 of them done" in capsys.readouterr().out
 
     content = table.read_text()
-    monkeypatch.setattr(subprocess, "Popen", None)  # nothing is run again
+    monkeypatch.setattr(runner, "subprocess", None)  # nothing is run again
     run_table([recipe], data=data, out=out, cpu=True)
     assert table.read_text() == content and "4 runs, 4 of them done" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_and_a_failed_one_is_named(tmp_path):
+def test_a_stopped_run_goes_on_and_a_failed_one_is_named(tmp_path, in_this_process):
+    runner.subprocess.Popen = subprocess.Popen  # at first in processes of their own
     methods = {"Baseline": "{optimizer: adam}", "Wrong": "{optimizer: sam, sam-norm: l0}"}
     recipe, data = small(tmp_path, "ga_sam_table1_imdb", methods)
     out = tmp_path / "out"
@@ -99,8 +101,8 @@ def test_a_stopped_run_goes_on_and_a_failed_one_is_named(tmp_path):
     assert job.scores is not None and whole["updates"] == 8
     again = Job(recipe, "Baseline", 2, out, cpu=True)
     again.write_settings()
-    begun = [*again.training(), "--max-epoch", "1"]
-    subprocess.run(begun, check=True, capture_output=True, cwd=ROOT)
+    in_process.run([*again.training(), "--max-epoch", "1"], check=True)
+    runner.subprocess.Popen = in_process.Process
     first = (again.run / LOG).read_text()
     share, text = progress_of(again.run, again.flags)
     assert share == 0.5 and text.startswith("epoch 1/2, loss ")
@@ -111,7 +113,7 @@ def test_a_stopped_run_goes_on_and_a_failed_one_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_perplexity(tmp_path):
+def test_perplexity(tmp_path, in_this_process):
     recipe, data = small(tmp_path, "ga_sam_table1_ptb", {"Baseline": "{optimizer: sgd}"})
     run_table([recipe], data=data, out=tmp_path / "out", cpu=True, seeds=[1])
     (row,) = read_rows(tmp_path / "out" / recipe.name / "mini" / "obtained.tsv")
@@ -120,7 +122,7 @@ def test_perplexity(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_shared_beginning_changes_nothing(tmp_path):
+def test_a_shared_beginning_changes_nothing(tmp_path, in_this_process):
     """The epochs before the start epoch run once; the end is that of a run from its own beginning, bit for bit."""
     method = "{optimizer: ga_sam, base-optimizer: adam, sam-epsilon: 1e-3, sam-start-epoch: 3}"
     recipe, data = small(tmp_path, "ga_sam_table1_envi", {"Baseline": "{optimizer: adam}", "GA-SAM": method})
@@ -136,7 +138,7 @@ def test_a_shared_beginning_changes_nothing(tmp_path):
             assert job.start.until == 2
             assert sorted(path.name for path in job.start.run.glob("*.json")) == [SCORES, SETTINGS]
         alone = ["--save-dir", str(tmp_path / name), "--log-file", str(tmp_path / f"{name}.log")]
-        subprocess.run([*job.training(), *alone], check=True, capture_output=True, cwd=ROOT)
+        in_process.run([*job.training(), *alone], check=True)
         found, expected = (runs.load(path / "checkpoint4.pt")["model"] for path in (job.run, tmp_path / name))
         assert runs.same_bits(found, expected), name
 
@@ -239,7 +241,7 @@ sizes:
 
 
 @pytest.mark.slow
-def test_a_needed_model_is_trained_first(tmp_path, capsys, monkeypatch):
+def test_a_needed_model_is_trained_first(tmp_path, capsys, monkeypatch, in_this_process):
     corpora.write_aeslc(tmp_path / "corpora")
     for name, text in (("tiny_bart", MODEL_RECIPE), ("table", TABLE_RECIPE)):
         (tmp_path / name).mkdir()
@@ -265,7 +267,7 @@ def test_a_needed_model_is_trained_first(tmp_path, capsys, monkeypatch):
     assert "rougeLsum" in job.scores and (job.data / "model").resolve() == folder.resolve()
     (row,) = read_rows(tmp_path / "out" / "tiny_bart" / "mini" / "obtained.tsv")
     assert row["metric"] == "loss" and 4 < float(row["value"]) < 8  # of 60 subwords
-    monkeypatch.setattr(subprocess, "Popen", None)  # nothing is run again
+    monkeypatch.setattr(runner, "subprocess", None)  # nothing is run again
     run()
     assert "1 runs, 1 of them done" in capsys.readouterr().out
 

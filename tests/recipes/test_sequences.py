@@ -68,7 +68,7 @@ def test_two_files_side_by_side(tmp_path):
         read_sides(tmp_path, "val")
 
 
-def test_from_pairs_to_generated_lines(tmp_path, model, pairs):
+def test_from_pairs_to_generated_lines(tmp_path, model, pairs, in_this_process):
     splits = {"train": pairs[:60], "valid": pairs[60:70], "test": pairs[70:]}
     prepare_pairs(splits, model, tmp_path, max_source=30, max_target=4)
     pieces = (tmp_path / "subwords" / "train.target").read_text(encoding="utf-8").splitlines()

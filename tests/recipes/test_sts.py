@@ -3,16 +3,21 @@
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
+from fairseq.data import data_utils
 from scipy import stats
 
 pytest.importorskip("fairseq", reason="encoders are fairseq's models")
 
 from fairseq_sam.adapter.encoders import convert_encoder
 from fairseq_sam.adapter.errors import ConfigurationError
-from scripts.recipes.recipe import ROOT
+from scripts.recipes.jobs import Job, data_folder
+from scripts.recipes.obtained import read_rows
+from scripts.recipes.recipe import EXAMPLES, ROOT, column_names, read_recipe
+from scripts.recipes.runner import preparation, run_table
 from scripts.recipes.sts import (
     DEVELOPMENT,
     LAYOUTS,
@@ -24,6 +29,7 @@ from scripts.recipes.sts import (
     training_sentences,
 )
 from scripts.recipes.text import CorpusError
+from tests import in_process
 from tests.adapter import pretrained, runs
 from tests.recipes.sts_files import HEADS, pairs_of, write_sets
 
@@ -33,13 +39,23 @@ def data(tmp_path_factory):
     return write_sets(tmp_path_factory.mktemp("corpora"))
 
 
+@pytest.fixture(scope="module")
+def encoder_of(tmp_path_factory):
+    """A small converted encoder of a kind, with the model and the tokenizer that it was made of."""
+
+    @cache
+    def encoder(kind):
+        root = tmp_path_factory.mktemp(kind)
+        model, tokenizer = pretrained.write_original(root / "original", kind)
+        convert_encoder(root / "original", root / "converted")
+        return root / "converted", model, tokenizer
+
+    return encoder
+
+
 @pytest.fixture(scope="module", params=["bert", "roberta"])
-def converted(request, tmp_path_factory):
-    """A small converted encoder, with the model and the tokenizer that it was made of."""
-    root = tmp_path_factory.mktemp(request.param)
-    model, tokenizer = pretrained.write_original(root / "original", request.param)
-    convert_encoder(root / "original", root / "converted")
-    return root / "converted", model, tokenizer
+def converted(request, encoder_of):
+    return encoder_of(request.param)
 
 
 def test_the_sets_are_the_tables(data):
@@ -105,7 +121,7 @@ def test_long_sentences_are_cut(converted):
     assert SentenceEncoder(folder / "model.pt", max_length=10**6).embed(["a gimol " * 500]).isfinite().all()
 
 
-def test_a_trained_encoder_is_scored_before_and_after(converted, data, tmp_path):
+def test_a_trained_encoder_is_scored_before_and_after(converted, data, tmp_path, request):
     """Training moves the scores; its checkpoint says how sentences are pooled and split."""
     folder, *_ = converted
     encode = SentenceEncoder(folder / "model.pt").bpe.encode
@@ -131,11 +147,12 @@ def test_a_trained_encoder_is_scored_before_and_after(converted, data, tmp_path)
 
     script = [sys.executable, str(ROOT / "scripts" / "evaluate_sts.py"), "--checkpoint", str(checkpoint), "--cpu"]
     words = ["--data", str(data), "--sets", DEVELOPMENT, "--json", str(tmp_path / "scores.json")]
-    done = subprocess.run([*script, *words], capture_output=True, text=True)
+    run = subprocess.run if request.node.callspec.params["converted"] == "bert" else in_process.run
+    done = run([*script, *words], capture_output=True, text=True)  # one in a process of its own
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "scores.json").read_text())[DEVELOPMENT] == pytest.approx(after[DEVELOPMENT])
     assert done.stdout.splitlines()[-1] == " | ".join(f"{score:.2f}" for score in after.values())
-    done = subprocess.run([*script, *words, "--pooling", "max"], capture_output=True, text=True)
+    done = in_process.run([*script, *words, "--pooling", "max"])
     assert done.returncode == 1 and done.stderr.endswith("error: --pooling must be one of cls, mean, got 'max'\n")
 
 
@@ -174,3 +191,80 @@ def test_what_is_missing_is_named(converted, data, tmp_path):
     torch.save(other, alone)
     with pytest.raises(ConfigurationError, match="is of no RoBERTa or BERT encoder"):
         SentenceEncoder(alone)
+
+
+# -- from raw sentences ------------------------------------------------------------------------------------------------
+
+
+def test_sentences_are_binarised_as_they_will_be_read(converted, tmp_path):
+    folder, *_ = converted
+    (tmp_path / "sentences.txt").write_text("the nofak will prasul\n\n  a gimol near this tom\n", encoding="utf-8")
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_sentences.py"), "--encoder", str(folder)]
+    command += ["--input", str(tmp_path / "sentences.txt"), "--out", str(tmp_path / "bin")]
+    done = in_process.run(command)
+    assert (done.returncode, done.stdout) == (0, "2 sentences\n"), done.stderr
+    encoder = SentenceEncoder(folder / "model.pt", dictionary=tmp_path / "bin" / "dict.txt")
+    written = data_utils.load_indexed_dataset(str(tmp_path / "bin" / "train"), encoder.dictionary)
+    read = [encoder._tokens(sentence)[1:] for sentence in ("the nofak will prasul", "a gimol near this tom")]
+    assert [row.tolist() for row in written] == [row.tolist() for row in read]
+    done = in_process.run([*command, "--input", str(tmp_path / "none.txt")])
+    assert done.returncode == 1 and "error: [Errno 2]" in done.stderr and "none.txt" in done.stderr
+
+
+NARROW = "encoder-layers: 1, encoder-embed-dim: 24, encoder-ffn-embed-dim: 40, encoder-attention-heads: 4"
+
+
+@pytest.fixture
+def recipe_folder(encoder_of, tmp_path):
+    """The recipe of Mirror-BERT with a small encoder, of two layers of which the first is kept."""
+    folder, *_ = encoder_of("bert")
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "recipe.yaml").write_text(
+        f"extends: {EXAMPLES / 'delta_sam_table2_mirror_bert'}\n"
+        "methods:\n  Mirror: {optimizer: adam}\n  R3F: {optimizer: adam, input-noise: 0.1}\n"
+        f"sizes: {{mini: {{options: {{encoder: {folder.parent / 'original'}, layers: 1, num_sentences: 16}}, "
+        f"flags: {{{NARROW}, max-positions: 300, batch-size: 8}}}}}}\n"
+    )
+    return tmp_path / "small"
+
+
+def test_one_run_has_the_scores_of_all_columns(recipe_folder, data, tmp_path, in_this_process):
+    columns = column_names(recipe_folder, "mini")
+    recipes = [read_recipe(recipe_folder, "mini", column) for column in columns]
+    run_table(recipes, data=data, out=tmp_path / "out", cpu=True, seeds=[1])
+    rows = read_rows(tmp_path / "out" / "small" / "mini" / "obtained.tsv")
+    assert [row["column"] for row in rows] == [column for column in [*SETS, "avg."] for _ in range(2)]
+    job = Job(recipes[0], "Mirror", 1, tmp_path / "out", cpu=True)
+    assert len(list(job.run.parents[1].iterdir())) == 2, "a run for each method"
+    encoder = SentenceEncoder(
+        job.run / "checkpoint_last.pt", tokenizer_file=job.data / "encoder" / "tokenizer.json", max_length=50
+    )
+    expected = evaluate(encoder, data)
+    found = {row["column"]: float(row["value"]) for row in rows if row["method"] == "Mirror"}
+    assert found == pytest.approx(expected, abs=1e-3)
+    (valid,) = {float(row["valid"]) for row in rows if row["method"] == "Mirror"}
+    assert valid == pytest.approx(evaluate(encoder, data, [DEVELOPMENT])[DEVELOPMENT], abs=1e-3)
+    assert {row["updates"] for row in rows} == {"2"} and len(set(found.values())) == 8
+
+
+def test_layers_that_are_kept(recipe_folder, data, tmp_path, in_this_process):
+    """Those that are kept are the converted encoder's, and it can be scored."""
+    recipe = read_recipe(recipe_folder, "mini")
+    whole = read_recipe(recipe_folder, "mini", changed={"layers": 2})
+    states = []
+    for each in (recipe, whole):
+        command = preparation(each, data, tmp_path / "out")
+        assert in_process.run(command).stdout == "train: 16 sentences\n"
+        prepared = data_folder(each, tmp_path / "out") / "encoder" / "model.pt"
+        states.append(torch.load(prepared)["model"])
+        assert SentenceEncoder(prepared).embed(["a gimol"]).isfinite().all()
+    first, both = states
+    assert {name for name in both if name not in first} == {name for name in both if ".layers.1." in name} != set()
+    assert all(torch.equal(weight, both[name]) for name, weight in first.items() if not name.endswith("version"))
+    for number in (0, 3):
+        wrong = preparation(read_recipe(recipe_folder, "mini", changed={"layers": number}), data, tmp_path / "wrong")
+        done = in_process.run(wrong)
+        assert done.returncode == 1
+        assert f"error: --layers must be an integer from 1 to the encoder's 2, got {number}" in done.stderr
+    paper = preparation(read_recipe(recipe_folder, "paper"), data, tmp_path / "wrong")
+    assert "error: this recipe needs an encoder: run_table.py … --set encoder=FOLDER" in in_process.run(paper).stderr

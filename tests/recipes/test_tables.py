@@ -1,7 +1,6 @@
 """Tables of obtained scores."""
 
 import math
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from scripts.recipes.obtained import COLUMNS
 from scripts.recipes.recipe import EXAMPLES, ROOT, read_recipe
 from scripts.recipes.significance import paired_t_test
 from scripts.recipes.tables import average_rows, cells, latex, markdown, table_rows, tsv
+from tests import in_process
 
 SCORES = {"Baseline": [80.0, 81.0, 80.5], "SAM": [81.0, 82.5, 81.25], "ASAM": [79.0]}
 
@@ -106,7 +106,7 @@ def test_the_command_shows_the_average(tmp_path):
     command = [sys.executable, ROOT / "scripts" / "make_table.py", "fsam_table4_bert_base"]
     command += ["--obtained", tmp_path / "none.tsv"]
     for size, title in (("mini", "average of the 3 above, the paper's of its 6"), ("paper", "average of the 6 above")):
-        done = subprocess.run([*command, "--size", size], capture_output=True, text=True)
+        done = in_process.run([*command, "--size", size])
         assert done.returncode == 0 and f"BERT-base, {title} (`--size {size}`)" in done.stdout
         assert "| Fi = 10 |  |  |  | 0 |  |  | 83.90 | -0.40 |" in done.stdout.split("average of")[1]
 
@@ -128,9 +128,9 @@ def test_t_test():
 def test_the_command(tmp_path):
     obtained = write_rows(tmp_path / "obtained.tsv", SCORES)
     command = [sys.executable, ROOT / "scripts" / "make_table.py", "ga_sam_table1_imdb", "--obtained", obtained]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = in_process.run(command)
     assert done.returncode == 0 and done.stdout.startswith("GA-SAM, Table 1: IMDB, TextCNN (`--size mini`)\n\n| method")
-    done = subprocess.run([*command, "--size", "huge"], capture_output=True, text=True)
+    done = in_process.run([*command, "--size", "huge"])
     assert done.returncode == 1 and "--size must be one of mini, paper, got 'huge'" in done.stderr
 
 
