@@ -1,5 +1,6 @@
 """RoBERTa from fairseq's own folder and from one of Hugging Face: prepared, loaded, and read as it was pretrained."""
 
+import subprocess
 from argparse import Namespace
 
 import pytest
@@ -14,9 +15,10 @@ from fairseq_cli.train import main
 from scripts.recipes.encoders import prepare_encoder
 from scripts.recipes.jobs import Job
 from scripts.recipes.recipe import read_recipe
+from scripts.recipes.runner import preparation
 from tests.adapter import pretrained, runs
 from tests.recipes import glue_files
-from tests.recipes.test_examples import SMALLER, prepare
+from tests.recipes.test_examples import SMALLER
 
 WORDS = "encoder.sentence_encoder.embed_tokens.weight"
 
@@ -49,12 +51,12 @@ def encoders(tmp_path_factory):
 
 @pytest.mark.parametrize("column", ["MRPC", "WiC"])
 @pytest.mark.parametrize("kind", ["fairseq", "hugging_face"])
-def test_roberta(kind, column, encoders, tmp_path, monkeypatch):
+def test_roberta(kind, column, encoders, tmp_path, in_this_process, monkeypatch):
     """The recipe's own flags of RoBERTa load the encoder, and put <s> first and </s></s> between two sentences."""
     data = glue_files.write_task(tmp_path / "data" / ("glue" if column == "MRPC" else "superglue"), column).parent
     recipe = read_recipe("fsam_table1_roberta_large", "paper", column, {"encoder": str(encoders[kind])})
     job = Job(recipe, "SAM", 1, tmp_path / "out", cpu=True)
-    prepare(recipe, data, tmp_path / "out")
+    subprocess.run(preparation(recipe, data, tmp_path / "out"), check=True)
     command = job.training()
     own = command[command.index("fairseq_cli.train") + 1 :]
     sizes = [word for key, value in SMALLER.items() for word in (f"--encoder-{key}", str(value))]
