@@ -1,5 +1,6 @@
 """Recipes run: data prepared once, methods × seeds trained, scored, recorded; again from where it stopped."""
 
+import shlex
 import subprocess
 import sys
 import time
@@ -218,58 +219,51 @@ def test_rows_with_the_same_settings_are_one_run(tmp_path, fake_commands, capsys
         run_table([other], data=data, out=tmp_path / "out", seeds=[1])
 
 
-LITTLE = (
-    "encoder-layers: 1, decoder-layers: 1, encoder-embed-dim: 16, decoder-embed-dim: 16, encoder-ffn-embed-dim: 16, "
-    "decoder-ffn-embed-dim: 16, max-update: 2, total-num-update: 2, warmup-updates: 1"
-)
 MODEL_RECIPE = f"""
 extends: {EXAMPLES / "bart_small"}
-methods: {{Adam: {{optimizer: adam}}}}
-sizes: {{mini: {{options: {{num_subwords: 60, num_train: 40, num_held_out: 10}}, flags: {{{LITTLE}}}}}}}
+methods: {{Adam: {{optimizer: adam}}, Other: {{optimizer: sgd}}}}
 """
 TABLE_RECIPE = f"""
 extends: {EXAMPLES / "delta_sam_table3_cnndm"}
-seeds: [1]
 methods: {{BART: {{optimizer: adam}}}}
-sizes:
-  mini:
-    needs: {{model: ../tiny_bart}}
-    options: {{num_train: 20, num_valid: 8, num_test: 6}}
-    evaluation: {{beam: 1, max-len-b: 3}}
-    flags: {{{LITTLE}}}
+sizes: {{mini: {{needs: {{model: ../tiny_bart}}, seeds: [3]}}}}
 """
 
 
-@pytest.mark.slow
-def test_a_needed_model_is_trained_first(tmp_path, capsys, monkeypatch, in_this_process):
-    corpora.write_aeslc(tmp_path / "corpora")
+def test_a_needed_model_is_trained_first(tmp_path, capsys, monkeypatch):
+    """Its baseline with one seed; the folder that its evaluation makes is named to the preparation."""
     for name, text in (("tiny_bart", MODEL_RECIPE), ("table", TABLE_RECIPE)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.yaml").write_text(text)
     recipes = [read_recipe(tmp_path / "table", "mini", column) for column in ("RG-1", "RG-L")]
     run = partial(run_table, recipes, data=tmp_path / "corpora", out=tmp_path / "out", cpu=True)
     run(dry_run=True)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[1 if "prepare.py" in line[1] else 2].split("/")[-1] for line in lines] == [
-        "prepare.py", "fairseq_cli.train", "scripts.recipes.evaluations",
-    ] * 2  # fmt: skip
-    folder = Path(lines[3][lines[3].index("--model") + 1])
-    assert not folder.exists()
+    printed = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    called = []
+
+    class Process(FakeProcess):
+        def __init__(self, command, **settings):
+            called.append(command)
+            super().__init__(command, **settings)
+            if command[2].endswith("evaluations"):
+                Path(command[3], SCORES).write_text('{"loss": 5.0, "rouge1": 30.0, "rougeLsum": 20.0}')
+
+    def prepare(command, cwd):
+        called.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=Process, run=prepare))
     run()
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "dict.txt", "model.pt", "sentencepiece.model", "sentencepiece.vocab",
-    ]  # fmt: skip
-    state = runs.load(folder / "model.pt")
-    assert state["last_optimizer_state"] is None and state["optimizer_history"][-1]["num_updates"] == 2
-    (job,) = {
-        job.key: job for job in (Job(recipe, "BART", 1, tmp_path / "out", cpu=True) for recipe in recipes)
-    }.values()
-    assert "rougeLsum" in job.scores and (job.data / "model").resolve() == folder.resolve()
-    (row,) = read_rows(tmp_path / "out" / "tiny_bart" / "mini" / "obtained.tsv")
-    assert row["metric"] == "loss" and 4 < float(row["value"]) < 8  # of 60 subwords
-    monkeypatch.setattr(runner, "subprocess", None)  # nothing is run again
+    assert called == printed, "a dry run prints what is run, in its order"
+    steps = ["prepare.py" if "prepare.py" in command[1] else command[2] for command in called]
+    assert steps == ["prepare.py", "fairseq_cli.train", "scripts.recipes.evaluations"] * 2
+    pretrained = called[2][3]
+    assert called[3][called[3].index("--model") + 1] == f"{pretrained}/model" and pretrained.endswith("-adam/seed1")
+    rows = read_rows(tmp_path / "out" / "table" / "mini" / "obtained.tsv")
+    found = [(row["column"], row["metric"], row["value"], row["seed"]) for row in rows]
+    assert found == [("RG-1", "rouge1", "30", "3"), ("RG-L", "rougeLsum", "20", "3")]
     run()
-    assert "1 runs, 1 of them done" in capsys.readouterr().out
+    assert called == printed, "nothing is run again"
 
 
 def test_missing_corpus_and_unknown_method(tmp_path):

@@ -1,9 +1,14 @@
 """Texts for sequence-to-sequence models, from pairs to generated lines."""
 
+import shutil
+
 import pytest
 
 pytest.importorskip("fairseq", reason="sequences are binarised and generated with fairseq")
 
+import torch
+
+from scripts.recipes import evaluations
 from scripts.recipes.sequences import (
     generate,
     link_model,
@@ -12,12 +17,13 @@ from scripts.recipes.sequences import (
     subwords_of,
     train_sentencepiece,
 )
-from scripts.recipes.text import CorpusError
+from scripts.recipes.text import CorpusError, binarise
 from tests.adapter import runs
 
+TRANSLATION = ["--task", "translation", "--source-lang", "source", "--target-lang", "target"]
 BART = [
-    "--task", "translation", "--source-lang", "source", "--target-lang", "target", "--arch", "bart_base", *runs.TINY,
-    "--share-all-embeddings", "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1",
+    "--arch", "bart_base", *runs.TINY, "--share-all-embeddings", "--optimizer", "adam",
+    "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1",
     "--max-source-positions", "64", "--max-target-positions", "64", "--dropout", "0.1",
 ]  # fmt: skip
 
@@ -75,11 +81,36 @@ def test_from_pairs_to_generated_lines(tmp_path, model, pairs, in_this_process):
     assert len(pieces) == 60 and max(len(line.split()) for line in pieces) == 4
     assert max(len(line.split()) for line in (tmp_path / "subwords" / "test.target").read_text().splitlines()) > 4
     run = tmp_path / "run"
-    runs.train(tmp_path / "data-bin", run, *BART, "--optimizer", "sam", "--max-update", "2")
+    runs.train(tmp_path / "data-bin", run, *TRANSLATION, *BART, "--optimizer", "sam", "--max-update", "2")
     flags = ["--beam", "2", "--max-len-b", "5", "--cpu"]
     found, targets, sources = generate(tmp_path, run / "checkpoint_last.pt", model, flags)
     assert targets == [target for _, target in pairs[70:]] and sources == [source for source, _ in pairs[70:]]
     assert len(found) == 10 and not any("▁" in line for line in found)
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_is_fine_tuned(tmp_path, model, pairs):
+    """What the evaluation of a pretraining leaves is what fairseq fine-tunes, without the row of the mask."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(model, data / "model")
+    lines = [" ".join(words) for words in subwords_of(model)([source for source, _ in pairs])]
+    files = {"train": data / "train", "valid": data / "valid", "test": data / "test"}
+    for path, part in zip(files.values(), (lines[:60], lines[60:70], lines[70:]), strict=True):
+        path.write_text("".join(f"{line}\n" for line in part), encoding="utf-8")
+    binarise(files, data / "data-bin", model / "dict.txt")
+    noise = "--task denoising --mask 0.3 --mask-length span-poisson --replace-length 1 --rotate 0".split()
+    runs.train(data / "data-bin", run, *BART, "--sample-break-mode", "eos", *noise, "--max-update", "2")
+    (run / "checkpoint_last.pt").rename(run / "checkpoint_best.pt")
+    scores = evaluations.denoising(run, {"data": str(data), "flags": {"max-tokens": 300}}, ["--cpu"])
+    assert set(scores) == {"loss", "valid_loss"} and all(4 < value < 9 for value in scores.values())
+    state = runs.load(run / "model" / "model.pt")
+    assert state["last_optimizer_state"] is None and (run / "model" / "sentencepiece.model").exists()
+    prepare_pairs({"train": pairs[:60], "valid": pairs[60:]}, run / "model", tmp_path, 30, 30)
+    own = ["--finetune-from-model", str(run / "model" / "model.pt"), "--lr", "0", "--max-update", "1"]
+    tuned = runs.train(tmp_path / "data-bin", tmp_path / "tuned", *TRANSLATION, *BART, *own)["model"]
+    whole = state["model"]
+    assert len(whole["decoder.embed_tokens.weight"]) == len(tuned["decoder.embed_tokens.weight"]) + 1
+    assert all(torch.equal(weight[: len(tuned[name])], tuned[name]) for name, weight in whole.items())
 
 
 def test_the_subwords_of_a_folder(tmp_path, model):
