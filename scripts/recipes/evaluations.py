@@ -55,8 +55,8 @@ def perplexity(run: Path, settings: dict[str, Any], device: list[str]) -> Scores
         )  # fmt: skip
         scores[split] = float(_found(r"Perplexity: ([\d.]+)", output))
         lines = (data / "text" / split).read_text(encoding="utf-8").splitlines()
-        wanted, found = sum(len(line.split()) + 1 for line in lines), int(_found(r"Evaluated (\d+) tokens", output))
-        if found != wanted:
+        wanted, found = sum(len(line.split()) + 1 for line in lines), _found(r"Evaluated ([\d,]+) tokens", output)
+        if int(found.replace(",", "")) != wanted:
             raise CommandError(f"fairseq-eval-lm evaluated {found} of {wanted} words of {split}; pieces were left out")
     return {"perplexity": scores["test"], "valid_perplexity": scores["valid"]}
 

@@ -172,7 +172,7 @@ class _Runs:
                             self._show(job, _outcome(job, list(metrics)))
                         else:
                             failed.append(f"{job.method}, seed {job.seed}: {future.exception()}")
-                            self._show(job, "failed")
+                            self._show(job, f"failed: {future.exception()}")
                     if not finished:
                         self._report(total - len(futures), total)
             except BaseException:

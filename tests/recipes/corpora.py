@@ -30,7 +30,7 @@ def write_ptb(folder: Path, num_lines: int = 60) -> None:
     """Lines of words in lower case."""
     (folder / "ptb").mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
-    for name, number in (("train", num_lines), ("valid", 12), ("test", 12)):
+    for name, number in (("train", num_lines), ("valid", 120), ("test", 120)):
         lines = [
             " " + " ".join(rng.choice([*OTHER, *GOOD, "<unk>", "N"]) for _ in range(rng.randint(3, 20))) + " \n"
             for _ in range(number)
