@@ -1,7 +1,6 @@
 """Curves over a sampling rate and over a flag of the methods."""
 
 import math
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from scripts.recipes.curves import Point, panels
 from scripts.recipes.obtained import COLUMNS
 from scripts.recipes.recipe import ROOT, RecipeError, column_names, read_recipe
+from tests import in_process
 
 SCORES = {1: 80.0, 2: 82.0}  # by seed, to which what a row is of is added
 
@@ -75,8 +75,8 @@ def test_the_command_writes_a_picture(tmp_path):
     obtained = write_rows(tmp_path / "obtained.tsv", recipes, lambda recipe, method: 0.0)
     command = [sys.executable, ROOT / "scripts" / "plot_curve.py", "fsam_figure1", "--obtained", obtained]
     out = tmp_path / "plots" / "curve.png"
-    done = subprocess.run([*command, "--x", "sam-sparsity", "--out", out], capture_output=True, text=True)
+    done = in_process.run([*command, "--x", "sam-sparsity", "--out", out])
     assert done.returncode == 0, done.stderr
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 5000
-    done = subprocess.run([*command, "--x", "size", "--out", out], capture_output=True, text=True)
+    done = in_process.run([*command, "--x", "size", "--out", out])
     assert done.returncode == 1 and done.stderr.startswith("error: --x must be")
