@@ -49,8 +49,8 @@ BUILD_REQUIREMENTS = ("setuptools>=77", "wheel", "cython", "numpy")
 # fairseq 0.12.2 asks for omegaconf 2.0, whose metadata pip 24.1 and newer refuse.
 BUILD_REQUIREMENTS_PYTHON_3_10 = ("pip<24.1",)
 SHOWN_PACKAGES = (
-    "hydra-core", "omegaconf", "numpy", "sacrebleu", "sacremoses", "scipy", "scikit-learn", "sentencepiece",
-    "subword-nmt", "safetensors", "tokenizers", "PyYAML",
+    "hydra-core", "omegaconf", "numpy", "matplotlib", "PyYAML", "rouge-score", "sacrebleu", "sacremoses", "safetensors",
+    "scikit-learn", "scipy", "sentencepiece", "subword-nmt", "tokenizers",
 )  # fmt: skip
 TEST_PACKAGES = (
     "fairscale", "pytest", "pytest-xdist", "hypothesis", "pytorch_optimizer", "ruff", "mypy", "transformers",

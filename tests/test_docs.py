@@ -50,8 +50,9 @@ def test_links_point_to_files():
 
 def test_every_flag_is_documented():
     pytest.importorskip("fairseq", reason="the flags are declared at fairseq's edge")
-    from fairseq_sam.adapter.optimizers import SAM_FLAGS
+    from fairseq_sam.adapter.optimizers import SAM_FLAGS, base_names
 
     flags = (ROOT / "docs" / "flags.md").read_text()
     for name, _, _ in SAM_FLAGS:
         assert f"`--sam-{name.replace('_', '-')}`" in flags
+    assert f"| `--base-optimizer` | {', '.join(base_names())} |" in flags
