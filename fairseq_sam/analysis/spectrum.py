@@ -1,0 +1,238 @@
+"""Eigenvalues of the Hessian, and of the Fisher information that stands for it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hessian_eigenthings import LambdaOperator, hutchinson, lanczos, spectral_density
+from torch import Tensor, nn
+
+from fairseq_sam.analysis.corruption import Progress, unseen
+from fairseq_sam.analysis.objective import LossSum, Objective
+
+TOP = 50  # GA-SAM Fig. 3
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """The largest eigenvalues.
+
+    Attributes:
+        values: eigenvalues, the largest first.
+        residuals: for each, the norm of ``H v - lambda v``, v its unit eigenvector; 0 where they are exact.
+    """
+
+    values: Tensor  # (k,)
+    residuals: Tensor  # (k,)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An estimate of a trace.
+
+    Attributes:
+        value: the estimate.
+        error: its standard error.
+    """
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Density:
+    """A smoothed density of eigenvalues.
+
+    Attributes:
+        grid: eigenvalues.
+        density: share of all eigenvalues for a unit of the axis; its integral is 1.
+        width: standard deviation of the Gaussian that smooths it.
+    """
+
+    grid: Tensor  # (points,)
+    density: Tensor  # (points,)
+    width: float
+
+
+def hessian_eigenvalues(
+    objective: Objective, k: int = TOP, *, steps: int | None = None, seed: int = 1, progress: Progress = unseen
+) -> Eigenvalues:
+    """Compute the k largest eigenvalues of the Hessian of L, by Lanczos with full reorthogonalisation.
+
+    Args:
+        objective: L, with weights and data.
+        k: how many, from 1 to the number of weights.
+        steps: of Lanczos, each a Hessian product (two passes' cost) and a vector of the weights' size in memory;
+            default ``2 k + 20``, or the number of weights if that is less. More make the small ones of the k exact.
+        seed: of the first vector.
+        progress: called after each step.
+
+    Returns:
+        The eigenvalues, with their residuals.
+
+    Raises:
+        ValueError: if k or `steps` is out of range, or there is no data.
+    """
+    _check("k", k, 1, objective.size)
+    number = min(2 * k + 20, objective.size) if steps is None else steps
+    _check("steps", number, k, objective.size)
+    found = lanczos(
+        hessian_operator(objective, number, progress), k=k, max_iter=number, reorthogonalize=True, which="LA", seed=seed
+    )
+    return Eigenvalues(found.eigenvalues, found.residuals)
+
+
+def fisher_eigenvalues(
+    model: nn.Module,
+    instances: Sequence[Any],
+    loss_sum: LossSum,
+    k: int = TOP,
+    *,
+    exclude: str = "",
+    block: int = 32,
+    progress: Progress = unseen,
+) -> Eigenvalues:
+    """Compute the k largest eigenvalues of the empirical Fisher information of some instances, exactly.
+
+    ``F = sum_i g_i g_i' / sum_i c_i``, with the gradient g_i of the summed loss and the weight c_i of instance i: the
+    unit of the loss's Hessian, which F equals where the model's probabilities are those of the data (the assumption
+    of Pascanu and Bengio 2013 that GA-SAM 5.3 makes). F has at most as many eigenvalues above 0 as there are instances;
+    they are those of the instances' Gram matrix.
+
+    Args:
+        model: the model.
+        instances: batches of one instance each.
+        loss_sum: from model and batch to the batch's summed loss (a scalar with gradient) and its weight.
+        k: how many, from 1 to the number of instances.
+        exclude: regular expression; parameters whose name it matches are held constant.
+        block: gradients that are kept at a time, twice; those of earlier blocks are computed again.
+        progress: called after each gradient.
+
+    Returns:
+        The eigenvalues.
+
+    Raises:
+        ValueError: if k or `block` is out of range, or the weights are all 0.
+    """
+    _check("k", k, 1, len(instances))
+    _check("block", block, 1)
+    objective = Objective(model, [], loss_sum, exclude=exclude)
+    blocks = [range(start, min(start + block, len(instances))) for start in range(0, len(instances), block)]
+    total = sum(len(part) for i, _ in enumerate(blocks) for part in blocks[i:])
+    done, weight = 0, 0.0
+
+    def gradients(part: Iterable[int]) -> Tensor:
+        nonlocal done
+        rows, sizes = [], []
+        for i in part:
+            tensors, size = objective.gradient_of(instances[i])
+            rows.append(flat(tensors))
+            sizes.append(size)
+            done += 1
+            progress(done, total)
+        weights.update(zip(part, sizes, strict=True))
+        return torch.stack(rows)
+
+    weights: dict[int, float] = {}
+    gram = torch.zeros(len(instances), len(instances), dtype=torch.float64)
+    for number, rows in enumerate(blocks):
+        first = gradients(rows)
+        for columns in blocks[number:]:
+            second = first if columns is rows else gradients(columns)
+            product = (first @ second.T).double().cpu()
+            gram[rows.start : rows.stop, columns.start : columns.stop] = product
+            gram[columns.start : columns.stop, rows.start : rows.stop] = product.T
+    weight = sum(weights.values())
+    if not weight > 0:
+        raise ValueError(f"expected instances with a positive total weight, got {weight:g} in all")
+    values = torch.linalg.eigvalsh(gram / weight).flip(0)[:k]
+    return Eigenvalues(values, torch.zeros_like(values))
+
+
+def hessian_trace(objective: Objective, samples: int = 30, *, seed: int = 1, progress: Progress = unseen) -> Trace:
+    """Estimate the trace of the Hessian of L by Hutchinson's method with signs.
+
+    Args:
+        objective: L, with weights and data.
+        samples: number of Hessian products, >= 2.
+        seed: of the random vectors.
+        progress: called after each product.
+
+    Raises:
+        ValueError: if `samples` is out of range, or there is no data.
+    """
+    _check("samples", samples, 2)
+    found = hutchinson(hessian_operator(objective, samples, progress), num_samples=samples, seed=seed)
+    return Trace(found.estimate, found.stderr)
+
+
+def hessian_density(
+    objective: Objective,
+    *,
+    steps: int = 80,
+    runs: int = 1,
+    points: int = 1000,
+    seed: int = 1,
+    progress: Progress = unseen,
+) -> Density:
+    """Estimate the density of the Hessian's eigenvalues by stochastic Lanczos quadrature.
+
+    Args:
+        objective: L, with weights and data.
+        steps: of Lanczos in each run, from 1 to the number of weights; their number is the resolution.
+        runs: from different random vectors, >= 1; their mean is taken.
+        points: of the grid, >= 2.
+        seed: of the first run's vector.
+        progress: called after each Hessian product.
+
+    Raises:
+        ValueError: if a number is out of range, or there is no data.
+    """
+    _check("steps", steps, 1, objective.size)
+    _check("runs", runs, 1)
+    _check("points", points, 2)
+    operator = hessian_operator(objective, steps * runs, progress)
+    found = spectral_density(operator, num_runs=runs, lanczos_steps=steps, num_grid_points=points, seed=seed)
+    return Density(found.grid, found.density, found.sigma)
+
+
+def hessian_operator(objective: Objective, products: int = 0, progress: Progress = unseen) -> LambdaOperator:
+    """Return the Hessian of L as an operator of hessian-eigenthings, over the flat weights.
+
+    The library's own operators weigh all batches alike and differentiate through fused attention; this one weighs
+    batches by their size and uses kernels that have second derivatives.
+
+    Args:
+        objective: L, with weights and data.
+        products: how many products are planned, which `progress` is told.
+        progress: called after each product.
+    """
+    done = 0
+
+    def product(vector: Tensor) -> Tensor:
+        nonlocal done
+        result = flat(objective.hessian_product(unflat(vector, objective.parameters)))
+        done += 1
+        progress(done, max(done, products))
+        return result
+
+    first = objective.parameters[0]
+    return LambdaOperator(product, objective.size, first.device, first.dtype)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Join tensors into one vector."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def unflat(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a vector into tensors of the shapes of others."""
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _check(name: str, value: int, least: int, most: float = float("inf")) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        allowed = f"an integer from {least} to {most:g}" if most < float("inf") else f"an integer >= {least}"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -1,0 +1,125 @@
+"""Spectra against dense matrices in float64."""
+
+import pytest
+import torch
+
+from fairseq_sam.analysis.objective import Objective
+from fairseq_sam.analysis.spectrum import fisher_eigenvalues, hessian_density, hessian_eigenvalues, hessian_trace
+from tests.analysis.models import (
+    Logistic,
+    Network,
+    classes_data,
+    classes_loss,
+    cut,
+    logistic_data,
+    logistic_loss,
+    quadratic_loss,
+    random_quadratic,
+)
+from tests.analysis.test_objective import whole_hessian
+
+
+def network_objective(**options):
+    return Objective(Network(), cut(classes_data(), 1, 8, 3), classes_loss, **options)
+
+
+def test_eigenvalues_of_a_quadratic():
+    model = random_quadratic(8)
+    found = hessian_eigenvalues(Objective(model, [1.0, 3.0], quadratic_loss), 8)
+    torch.testing.assert_close(found.values, torch.linalg.eigvalsh(model.A).flip(0), rtol=1e-10, atol=1e-12)
+    assert found.residuals.max() < 1e-10
+
+
+def test_eigenvalues_of_a_network():
+    objective = network_objective()
+    dense = torch.linalg.eigvalsh(whole_hessian(objective)).flip(0)
+    assert dense[-1] < 0 < dense[0]  # largest, not largest in magnitude
+    found = hessian_eigenvalues(objective, 5)
+    torch.testing.assert_close(found.values, dense[:5], rtol=1e-9, atol=1e-12)
+
+
+def test_residuals_tell_of_too_few_steps():
+    objective = network_objective()
+    assert hessian_eigenvalues(objective, 3, steps=4).residuals.max() > 1e-3
+    assert hessian_eigenvalues(objective, 3, steps=objective.size).residuals.max() < 1e-8
+
+
+@pytest.mark.parametrize("block", [1, 5, 100])
+def test_fisher_of_a_network(block):
+    model, instances = Network(), cut(classes_data(), *[1] * 12)
+    rows = []
+    for instance in instances:
+        loss, _ = classes_loss(model.eval(), instance)
+        rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    dense = torch.stack(rows).T @ torch.stack(rows) / 12
+    seen = []
+    found = fisher_eigenvalues(model, instances, classes_loss, 7, block=block, progress=lambda *n: seen.append(n))
+    torch.testing.assert_close(found.values, torch.linalg.eigvalsh(dense).flip(0)[:7], rtol=1e-10, atol=1e-12)
+    assert seen[-1][0] == seen[-1][1] == len(seen)
+
+
+def test_fisher_is_the_hessian_where_the_model_is_right():
+    """Labels drawn from the model: the mean of many empirical Fishers is the Hessian (logistic regression)."""
+    x, _ = logistic_data(200, 3)
+    model = Logistic(torch.tensor([0.5, -1.0, 0.3], dtype=torch.float64))
+    p = torch.sigmoid(x @ model.w.detach())
+    generator = torch.Generator().manual_seed(0)
+    copies = [(x, (torch.rand(200, generator=generator, dtype=torch.float64) < p).double()) for _ in range(20)]
+    instances = [pair for copy in copies for pair in cut(copy, *[1] * 200)]
+    found = fisher_eigenvalues(model, instances, logistic_loss, 3, block=4000)
+    hessian = hessian_eigenvalues(Objective(model, [copies[0]], logistic_loss), 3)
+    torch.testing.assert_close(found.values, hessian.values, rtol=0.05, atol=0)
+
+
+def test_fisher_weighs_by_size():
+    """Twice the weight with the same gradients halves it, as it halves the Hessian."""
+    model, instances = Network(), cut(classes_data(), *[1] * 12)
+    once = fisher_eigenvalues(model, instances, classes_loss, 4)
+    twice = fisher_eigenvalues(model, instances, lambda m, b: (classes_loss(m, b)[0], 2.0), 4)
+    torch.testing.assert_close(twice.values, once.values / 2)
+
+
+def test_trace():
+    objective = network_objective()
+    dense = float(whole_hessian(objective).trace())
+    found = hessian_trace(objective, 400)
+    assert abs(found.value - dense) < 4 * found.error and found.error < 0.2 * abs(dense)
+    model = random_quadratic()
+    model.A = torch.diag(torch.arange(1.0, 7.0, dtype=torch.float64))
+    exact = hessian_trace(Objective(model, [2.0], quadratic_loss), 2)  # signs: exact for a diagonal
+    assert exact.value == pytest.approx(21.0) and exact.error == pytest.approx(0.0, abs=1e-12)
+
+
+def test_density():
+    objective = network_objective()
+    dense = torch.linalg.eigvalsh(whole_hessian(objective))
+    found = hessian_density(objective, steps=40, runs=30, points=4000)
+    gap = found.grid[1] - found.grid[0]
+    assert float(found.density.sum() * gap) == pytest.approx(1.0, abs=0.01)
+    mean, second = ((found.density * found.grid**n).sum() * gap for n in (1, 2))
+    assert float(mean) == pytest.approx(float(dense.mean()), abs=0.05)
+    assert float(second) == pytest.approx(float((dense**2).mean() + found.width**2), rel=0.3)
+
+
+def test_progress_counts_products():
+    seen = []
+    hessian_eigenvalues(network_objective(), 2, steps=6, progress=lambda *n: seen.append(n))
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda o: hessian_eigenvalues(o, 0), "k must be an integer from 1 to 63, got 0"),
+        (lambda o: hessian_eigenvalues(o, 64), "k must be an integer from 1 to 63, got 64"),
+        (lambda o: hessian_eigenvalues(o, 5, steps=4), "steps must be an integer from 5 to 63, got 4"),
+        (lambda o: hessian_trace(o, 1), "samples must be an integer >= 2, got 1"),
+        (lambda o: hessian_density(o, steps=64), "steps must be an integer from 1 to 63, got 64"),
+        (lambda o: hessian_density(o, runs=0, steps=3), "runs must be an integer >= 1, got 0"),
+        (lambda o: fisher_eigenvalues(o.model, [1, 2], classes_loss, 3), "k must be an integer from 1 to 2, got 3"),
+        (lambda o: fisher_eigenvalues(o.model, [1, 2], classes_loss, 1, block=0), "block must be an integer >= 1"),
+    ],
+)
+def test_bad_numbers(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(network_objective())
