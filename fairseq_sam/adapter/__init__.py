@@ -6,6 +6,7 @@ from fairseq_sam.adapter import (
     compatibility,
     config,
     errors,
+    gradient_log,
     help,
     optimizers,
     regularizers,
@@ -21,6 +22,7 @@ regularizers.register_regularized_criteria()
 help.show_flags_in_help()
 config.check_before_data_is_read()
 seam.wrap_trainer()
+gradient_log.log_gradients_when_clipped()
 compatibility.resume_with_the_same_batches()
 compatibility.run_with_numpy_2()
 compatibility.unscale_once()

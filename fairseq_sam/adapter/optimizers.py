@@ -101,6 +101,13 @@ FLAGS_BY_AXIS: dict[str, tuple[Flag, ...]] = {
         Flag("between", str, "updates between: plain steps, or with the last sharpness component (LookSAM)"),
         Flag("look_alpha", float, "weight of the reused component, in multiples of the gradient's norm, >= 0"),
     ),
+    "log": (
+        Flag(
+            "gradient_log",
+            int,
+            "write each parameter's gradient norm every n-th update into gradients.jsonl of --save-dir, >= 1",
+        ),
+    ),
 }
 SAM_FLAGS: tuple[Flag, ...] = tuple(flag for flags in FLAGS_BY_AXIS.values() for flag in flags)
 
@@ -188,7 +195,23 @@ def method_of(name: str, cfg: Any) -> Method:
     Raises:
         ValueError: if a value is not allowed.
     """
-    return Method.from_preset(name, **{axis: getattr(cfg, f"sam_{axis}", None) for axis, _, _ in SAM_FLAGS})
+    axes = [axis for axis, _, _ in SAM_FLAGS if axis in Method.__dataclass_fields__]
+    return Method.from_preset(name, **{axis: getattr(cfg, f"sam_{axis}", None) for axis in axes})
+
+
+def gradient_log_of(cfg: Any) -> int:
+    """Return every how many updates gradient norms are logged; 0 for never.
+
+    Args:
+        cfg: configuration with the ``sam_`` fields.
+
+    Raises:
+        ValueError: if the number is not allowed.
+    """
+    every = getattr(cfg, "sam_gradient_log", None)
+    if every is not None and every < 1:
+        raise ValueError(f"gradient_log (--sam-gradient-log) must be an integer >= 1, got {every}")
+    return every or 0
 
 
 def peak_learning_rate(cfg: Any) -> float:
@@ -260,6 +283,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.method = method_of(self.preset, cfg)
         self.base: FairseqOptimizer = optim.build_optimizer(base_config(cfg), list(params))
         self.memory = Memory()
+        self.gradient_log = gradient_log_of(cfg)
         self.epoch = 1
         self.logged: set[str] = set()  # what sharpness-aware updates have logged in this run
         self.has_warned_of_rounding = False

@@ -246,4 +246,4 @@ def _between(below: Rise, above: Rise, fraction: float) -> float:
     if not math.isfinite(above.relative):
         return below.epsilon
     place = math.log(fraction / below.relative) / math.log(above.relative / below.relative)
-    return below.epsilon * (above.epsilon / below.epsilon) ** place
+    return float(below.epsilon * (above.epsilon / below.epsilon) ** place)

@@ -228,7 +228,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def unflat(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Cut a vector into tensors of the shapes of others."""
-    parts = vector.split([tensor.numel() for tensor in like])
+    parts = torch.split(vector, [tensor.numel() for tensor in like])
     return [part.reshape(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 

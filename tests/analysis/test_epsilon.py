@@ -1,6 +1,7 @@
 """The radius of a wanted rise: closed forms, every preset, and nothing left behind."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_quadratic_rise_is_interpolated():
     assert isinstance(found, Suggestion) and found.fraction == 0.15
     epsilons = [rise.epsilon for rise in found.curve]
     assert epsilons == sorted(epsilons) and epsilons[0] == 1e-7 and epsilons[-1] == pytest.approx(1.0)
-    ratios = [b / a for a, b in zip(epsilons, epsilons[1:], strict=False)][-4:]
+    ratios = [b / a for a, b in pairwise(epsilons)][-4:]
     assert ratios == pytest.approx([10**0.25] * 4)
 
 
