@@ -1,6 +1,7 @@
-"""``python -m fairseq_sam``: the methods, what each costs, and a method's settings."""
+"""``python -m fairseq_sam``: the methods, what each costs, a method's settings, and analyses of trained models."""
 
 import argparse
+import importlib
 import math
 import sys
 from collections.abc import Sequence
@@ -52,16 +53,37 @@ def settings(name: str) -> str:
     return "\n".join(lines)
 
 
+COMMANDS = {
+    "robustness": "loss and scores after adversarial corruptions of the weights",
+    "spectrum": "eigenvalues of Hessian and Fisher information, trace, density",
+    "sharpness": "rise of the loss along the worst, the steepest and random directions, and for each instance",
+    "landscape": "the loss on a line between two checkpoints, or on a plane",
+    "gradients": "gradient norms by epoch and layer, from the log of --sam-gradient-log",
+    "epsilon": "the radius at which a method raises the loss by a wanted fraction",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the methods, or the settings of one."""
+    """Run a command, or print the methods or the settings of one."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in COMMANDS:
+        from fairseq_sam.commands import common
+
+        module = importlib.import_module(f"fairseq_sam.commands.{words[0]}")
+        return common.run(module.main, words[1:])
+    commands = "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="fairseq-sam",
-        description="List the methods: forward-backward passes of an update, copies of the weights held in the last "
-        "pass beside model, gradient and base optimizer. Train with: fairseq-train ... --user-dir fairseq_sam "
-        "--optimizer METHOD",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="List the methods: forward-backward passes of an update, copies of the weights held in the last\n"
+        "pass beside model, gradient and base optimizer. Train with:\n"
+        "fairseq-train ... --user-dir fairseq_sam --optimizer METHOD",
+        epilog=f"analyses of trained models, each with --help:\n{commands}",
     )
-    parser.add_argument("method", nargs="?", choices=list(PRESETS), metavar="METHOD", help="show its settings")
-    chosen = parser.parse_args(arguments).method
+    parser.add_argument("method", nargs="?", metavar="METHOD or COMMAND", help="show a method's settings, or run it")
+    chosen = parser.parse_args(words).method
+    if chosen is not None and chosen not in PRESETS:
+        parser.error(f"expected a method ({', '.join(PRESETS)}) or a command ({', '.join(COMMANDS)}), got {chosen!r}")
     print(settings(chosen) if chosen else table())
     return 0
 

@@ -1,14 +1,8 @@
 """Measurements of ``fairseq_sam.analysis`` on a fairseq checkpoint and a split of its data."""
 
-import math
 from pathlib import Path
-from typing import Any
 
-import torch
-from fairseq import checkpoint_utils, utils
-from fairseq.criterions.cross_entropy import CrossEntropyCriterion
-from torch import Tensor, nn
-
+from fairseq_sam.adapter.trained import Trained
 from fairseq_sam.analysis import Sharpness, ascent_sharpness
 
 
@@ -39,16 +33,6 @@ def checkpoint_sharpness(
     Raises:
         ValueError: if `epsilon` or `norm` is out of range.
     """
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], {"data": str(data)})
-    task.load_dataset(subset)
-    iterator = task.get_batch_iterator(task.dataset(subset), max_tokens=max_tokens)
-    criterion = CrossEntropyCriterion(task, sentence_avg=False)
-    use_cuda = torch.cuda.is_available() and not cpu
-    batches = [utils.move_to_cuda(b) if use_cuda else b for b in iterator.next_epoch_itr(shuffle=False)]
-
-    def loss_sum(model: nn.Module, batch: Any) -> tuple[Tensor, float]:
-        loss, num_tokens, _ = criterion(model, batch)
-        return loss / math.log(2), float(num_tokens)
-
-    model = models[0].cuda() if use_cuda else models[0]
-    return ascent_sharpness(model, batches, loss_sum, epsilon=epsilon, norm=norm)
+    trained = Trained(path, data, cpu=cpu)
+    batches = trained.batches(subset, max_tokens=max_tokens)
+    return ascent_sharpness(trained.model, batches, trained.loss_sum, epsilon=epsilon, norm=norm)

@@ -1,7 +1,7 @@
 """A radius without a grid search: how much the loss rises against epsilon, and the epsilon of a wanted rise."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from fairseq_sam.core.step import SharpnessAwareStep, fisher_information, run_ap
 
 # From a radius to the loss at w and at the perturbed weights.
 Probe = Callable[[float], tuple[float, float]]
+MeanLoss = Callable[[Any], float]
 
 FRACTION = 0.1
 LEAST, MOST = 1e-7, 100.0
@@ -133,6 +134,8 @@ def method_probe(
     method: Method,
     *,
     embeddings: WordEmbeddings | None = None,
+    mean_loss: MeanLoss = lambda result: float(result.loss),
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> Probe:
     """Return a probe that perturbs a model as a method's training step does, each batch by its own perturbation.
 
@@ -145,6 +148,8 @@ def method_probe(
         batches: what ``SharpnessAware.step`` takes: ``InstanceBatch``, or ``ClosureBatch`` with a mean loss.
         method: the method; its `epsilon` is replaced.
         embeddings: for methods that perturb word embeddings; default all ``nn.Embedding`` modules of the model.
+        mean_loss: from what a pass returns to the mean loss.
+        modules: the modules whose parameters are trained, by prefix of their names; default the model alone.
 
     Raises:
         ValueError: if there is no batch.
@@ -153,7 +158,7 @@ def method_probe(
         raise ValueError("batches must hold at least one batch, got none")
     if method.where == "embeddings" and embeddings is None:
         embeddings = WordEmbeddings.of(model)
-    space = ParameterSpace.of({"": model}, exclude=method.exclude)
+    space = ParameterSpace.of(modules or {"": model}, exclude=method.exclude)
     buffers = [buffer.detach().clone() for buffer in space.buffers]
     memory = _with_mask(method, space, batches)
 
@@ -161,7 +166,14 @@ def method_probe(
         random = RandomState(tensor.device for tensor in space.tensors)
         try:
             rows = [
-                loss_rise(with_epsilon(method, epsilon), space, batch, memory=memory, embeddings=embeddings)
+                loss_rise(
+                    with_epsilon(method, epsilon),
+                    space,
+                    batch,
+                    memory=memory,
+                    embeddings=embeddings,
+                    mean_loss=mean_loss,
+                )
                 for batch in batches
             ]
         finally:
@@ -195,6 +207,7 @@ def loss_rise(
     *,
     memory: Memory | None = None,
     embeddings: WordEmbeddings | None = None,
+    mean_loss: MeanLoss = lambda result: float(result.loss),
 ) -> tuple[float, float, float]:
     """Measure a batch's loss before and after the method's perturbation; weights and gradients are as before then.
 
@@ -204,6 +217,7 @@ def loss_rise(
         batch: the batch.
         memory: holds the Fisher mask, for a method that has one.
         embeddings: the word embeddings, for a method that perturbs them.
+        mean_loss: from what a pass returns to the mean loss.
 
     Returns:
         The mean loss at w, that at the perturbed weights, and the sample size.
@@ -214,14 +228,16 @@ def loss_rise(
         clean, _, _ = run_apart(space, batch)
         random.restore()
         step: SharpnessAwareStep[Any] = SharpnessAwareStep(method, space, memory, embeddings)
-        perturbed = 0.0
-        for part, share in split(method, batch):
+        perturbed = size = 0.0
+        for part, _ in split(method, batch):
             step.ascend(part, lambda gradients, result: (gradients, _unit(method, result)))
-            perturbed += share * float(step.descend(part).loss)
+            result = step.descend(part)
+            perturbed += mean_loss(result) * float(result.sample_size)
+            size += float(result.sample_size)
             space.take_gradients()
     finally:
         space.put_gradients(prior)
-    return float(clean.loss), perturbed, float(clean.sample_size)
+    return mean_loss(clean), perturbed / size, float(clean.sample_size)
 
 
 def _with_mask(method: Method, space: ParameterSpace, batches: Sequence[Batch[Any]]) -> Memory:

@@ -1,0 +1,149 @@
+"""What the commands share: checkpoints and data on the command line, progress, errors in one line."""
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+SHOWN_EVERY = 10.0  # seconds between two lines of progress where the output is no terminal
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with what every command on checkpoints takes.
+
+    Args:
+        command: its name.
+        description: what it does.
+    """
+    made = argparse.ArgumentParser(prog=f"fairseq-sam {command}", description=description, allow_abbrev=False)
+    made.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints of fairseq, to be compared in one plot")
+    made.add_argument("--names", nargs="+", help="names of the models in tables and plots; default their folders'")
+    made.add_argument("--data", help="folder of the data (data-bin); default the one that each checkpoint names")
+    made.add_argument("--subset", default="valid", help="split of the data; default valid")
+    made.add_argument("--max-tokens", type=int, default=4000, help="size of a batch, padding included; default 4000")
+    made.add_argument("--batch-size", type=int, help="sentences in a batch; default no limit")
+    made.add_argument("--num-batches", type=int, help="batches, chosen at random; default all of the split")
+    made.add_argument("--seed", type=int, default=1, help="of what is random; default 1")
+    made.add_argument("--out", type=Path, required=True, help="folder for the tables (.tsv) and the plots (.png)")
+    made.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    return made
+
+
+def model_names(checkpoints: Sequence[Path], names: Sequence[str] | None) -> list[str]:
+    """Return the models' names: the given ones, or the shortest ends of their paths that differ.
+
+    Raises:
+        ValueError: if there are not as many names as checkpoints, or two are the same.
+    """
+    if names is not None:
+        if len(names) != len(checkpoints) or len(set(names)) != len(names):
+            raise ValueError(
+                f"--names must be {len(checkpoints)} different names, one for each checkpoint, got {names}"
+            )
+        return list(names)
+    whole = [path.resolve().with_suffix("").parts for path in checkpoints]
+    if len(set(whole)) < len(whole):
+        raise ValueError("two checkpoints are the same file; name each once")
+    for length in range(2, max(map(len, whole)) + 1):
+        ends = ["/".join(parts[-length:-1] or parts[-1:]) for parts in whole]
+        if len(set(ends)) == len(ends):
+            return ends
+    return ["/".join(parts[1:]) for parts in whole]
+
+
+def trained_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[str, Any, list[Any]]]:
+    """Load the models of a command one after the other.
+
+    Args:
+        args: of ``parser``.
+        options: of ``Trained``.
+
+    Yields:
+        Name, ``Trained`` and batches.
+    """
+    from fairseq_sam.adapter.trained import Trained
+
+    for name, path in zip(model_names(args.checkpoints, args.names), args.checkpoints, strict=True):
+        trained = Trained(path, args.data, cpu=args.cpu, **options)
+        yield name, trained, batches_of(args, trained)
+
+
+def batches_of(args: argparse.Namespace, trained: Any, **changed: Any) -> list[Any]:
+    """Return the batches that the command line asks for.
+
+    Args:
+        args: of ``parser``.
+        trained: the model.
+        changed: options of ``Trained.batches`` other than the command line's.
+    """
+    chosen = {
+        "max_tokens": args.max_tokens, "batch_size": args.batch_size, "number": args.num_batches, "seed": args.seed,
+    }  # fmt: skip
+    found: list[Any] = trained.batches(**{"subset": args.subset, **chosen, **changed})
+    return found
+
+
+class Progress:
+    """Shows how far a long measurement is: on a terminal in one line, else in a line now and then.
+
+    Args:
+        title: what is measured.
+        stream: where to; default standard error.
+    """
+
+    def __init__(self, title: str, stream: TextIO | None = None) -> None:
+        self._title, self._stream = title, stream or sys.stderr
+        self._begin = self._shown = time.monotonic()
+        self._is_terminal = self._stream.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say that `done` of `total` parts of the work are done."""
+        now = time.monotonic()
+        is_last = done >= total
+        if not is_last and now - self._shown < (0.2 if self._is_terminal else SHOWN_EVERY):
+            return
+        self._shown = now
+        spent = now - self._begin
+        left = "" if is_last else f", {timedelta(seconds=int(spent / max(done, 1) * (total - done)))} left"
+        line = f"{self._title}: {done} of {total}, {timedelta(seconds=int(spent))}{left}"
+        end = "\n" if is_last or not self._is_terminal else ""
+        self._stream.write(("\r\x1b[K" if self._is_terminal else "") + line + end)
+        self._stream.flush()
+
+
+def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """Run a command; what the user can mend is printed in one line.
+
+    Returns:
+        The exit status: 0, 2 after an error, 130 after Ctrl-C.
+    """
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+    try:
+        command(arguments)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_user_s(error):
+            raise
+        print(f"fairseq-sam: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_user_s(error: Exception) -> bool:
+    if isinstance(error, ValueError | OSError):
+        return True
+    errors = sys.modules.get("fairseq_sam.adapter.errors")
+    return errors is not None and isinstance(error, errors.UserError)
+
+
+def written(*paths: Path) -> None:
+    """Say which files were written."""
+    print("written: " + ", ".join(map(str, paths)))

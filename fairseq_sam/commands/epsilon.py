@@ -1,0 +1,91 @@
+"""``fairseq-sam epsilon``: how much the loss rises against ε, and the ε at which it rises by a wanted fraction.
+
+The perturbation is that of a training step of the method: each batch has its own, with dropout. Prints the flags.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fairseq_sam.analysis.epsilon import FRACTION, LEAST, MOST, PER_DECADE, Suggestion, suggest_epsilon
+from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.tables import write_rows
+from fairseq_sam.commands import common
+from fairseq_sam.core.method import SUMMARIES, Method
+
+NUM_BATCHES = 8
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure each checkpoint; write ``epsilon.tsv`` and ``epsilon.png``, and print the flags."""
+    parser = common.parser("epsilon", " ".join((__doc__ or "").split()))
+    parser.set_defaults(subset="train", num_batches=NUM_BATCHES)
+    parser.add_argument("--method", choices=list(SUMMARIES), default="sam", help="the preset; default sam")
+    parser.add_argument("--norm", help="l2, linf or a number > 1; default the preset's")
+    parser.add_argument("--scale", help="scale operator T; default the preset's")
+    parser.add_argument("--granularity", help="of T; default the preset's")
+    parser.add_argument("--steps", type=int, help="ascent steps K; default the preset's")
+    parser.add_argument("--gradient", help="unit of the gradient that T sees, mean or sum; default the preset's")
+    parser.add_argument("--fraction", type=float, default=FRACTION, help="wanted rise / loss; default %(default)s")
+    parser.add_argument("--least", type=float, default=LEAST, help="smallest ε; default %(default)g")
+    parser.add_argument("--most", type=float, default=MOST, help="largest ε; default %(default)g")
+    parser.add_argument("--per-decade", type=int, default=PER_DECADE, help="ε in a decade of the grid")
+    args = parser.parse_args(arguments)
+    own = {axis: getattr(args, axis) for axis in ("norm", "scale", "granularity", "steps", "gradient")}
+    method = Method.from_preset(args.method, **own)
+    rows: list[dict[str, Any]] = []
+    suggestions: dict[str, Suggestion] = {}
+    for name, trained, batches in common.trained_models(args):
+        suggestions[name] = suggest_epsilon(
+            trained.probe(batches, method), fraction=args.fraction, least=args.least, most=args.most,
+            per_decade=args.per_decade, progress=common.Progress(f"ε of {args.method} on {name}"),
+        )  # fmt: skip
+        rows += [
+            {
+                "model": name, "method": args.method, "epsilon": rise.epsilon, "loss": rise.loss,
+                "perturbed loss": rise.perturbed_loss, "relative rise": rise.relative,
+            }
+            for rise in suggestions[name].curve
+        ]  # fmt: skip
+        write_rows(args.out / "epsilon.tsv", rows)
+    plot(suggestions, args.out / "epsilon.png", args.method)
+    common.written(args.out / "epsilon.tsv", args.out / "epsilon.png")
+    for name, suggestion in suggestions.items():
+        print(f"{name}: {advice(suggestion, args)}")
+
+
+def advice(suggestion: Suggestion, args: Any) -> str:
+    """Return the flags that the suggestion amounts to, or why there is none."""
+    if suggestion.epsilon is None:
+        first = suggestion.curve[0]
+        where = "--least" if first.relative >= suggestion.fraction else "--most"
+        return f"the rise does not reach {suggestion.fraction:g} of the loss within the range; change {where}"
+    words = ["--optimizer", args.method, "--sam-epsilon", f"{suggestion.epsilon:.3g}"]
+    for axis in ("norm", "scale", "granularity", "steps", "gradient"):
+        if getattr(args, axis) is not None:
+            words += [f"--sam-{axis}", str(getattr(args, axis))]
+    return " ".join(words)
+
+
+def plot(suggestions: dict[str, Suggestion], path: Path, method: str) -> None:
+    """Draw the relative rise against ε, a curve for each model, with the suggested ε.
+
+    Args:
+        suggestions: by model.
+        path: the file.
+        method: name of the preset.
+    """
+    made, (axes,) = figure(width=5.6, height=4.2)
+    curves = {}
+    for name, suggestion in suggestions.items():
+        shown = [rise for rise in suggestion.curve if 0 < rise.relative < float("inf")]
+        label = name if suggestion.epsilon is None else f"{name}: ε = {suggestion.epsilon:.2g}"
+        curves[label] = [rise.epsilon for rise in shown], [rise.relative for rise in shown]
+    draw_curves(axes, curves, x="radius ε", y="rise of the loss / loss", title=method)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for number, suggestion in enumerate(suggestions.values()):
+        axes.axhline(suggestion.fraction, color="black", linewidth=0.8, linestyle=":")
+        if suggestion.epsilon is not None:
+            axes.axvline(suggestion.epsilon, color=f"C{number}", linewidth=0.8, linestyle=":")
+    save(made, path)

@@ -1,0 +1,66 @@
+"""``fairseq-sam gradients``: gradient norms by epoch and by layer (GA-SAM Figs. 4, 5).
+
+From the logs that ``fairseq-train … --sam-gradient-log N`` writes beside its checkpoints.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import MaxNLocator
+
+from fairseq_sam.analysis.gradients import norms_by_epoch, norms_by_layer, read_gradients
+from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.tables import write_rows
+from fairseq_sam.commands import common
+
+FILE = "gradients.jsonl"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read each run's log; write ``gradients.tsv`` and ``gradients.png``."""
+    parser = argparse.ArgumentParser(
+        prog="fairseq-sam gradients", description=" ".join((__doc__ or "").split()), allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help=f"folders of runs, with {FILE} in them, or such files")
+    parser.add_argument("--names", nargs="+", help="names of the runs in tables and plots; default their folders'")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the table and the plot")
+    args = parser.parse_args(arguments)
+    logs = [run / FILE if run.is_dir() else run for run in args.runs]
+    rows: list[dict[str, Any]] = []
+    for name, log in zip(common.model_names(logs, args.names), logs, strict=True):
+        gradients = read_gradients(log)
+        for by, found in (("epoch", norms_by_epoch(gradients)), ("layer", norms_by_layer(gradients))):
+            rows += [
+                {"run": name, "by": by, "group": group, "number": number, "norm": norm}
+                for group, norms in found.items()
+                for number, norm in norms.items()
+            ]
+    write_rows(args.out / "gradients.tsv", rows)
+    plot(rows, args.out / "gradients.png")
+    common.written(args.out / "gradients.tsv", args.out / "gradients.png")
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the norm by epoch and by layer, a curve for each run and group.
+
+    Args:
+        rows: of the table.
+        path: the file.
+    """
+    kinds = list(dict.fromkeys(row["by"] for row in rows))
+    several = len({row["run"] for row in rows}) > 1
+    made, axes = figure(len(kinds))
+    for place, kind in enumerate(kinds):
+        own = [row for row in rows if row["by"] == kind]
+        curves: dict[str, tuple[list[float], list[float]]] = {}
+        for row in own:
+            name = f"{row['run']}, {row['group']}" if several else str(row["group"])
+            xs, ys = curves.setdefault(name, ([], []))
+            xs.append(row["number"])
+            ys.append(row["norm"])
+        x = {"epoch": "epoch", "layer": "layer, from the bottom"}[kind]
+        draw_curves(axes[place], curves, x=x, y="mean norm of the gradient", title=f"by {kind}")
+        axes[place].xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(made, path)

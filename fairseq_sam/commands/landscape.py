@@ -1,0 +1,104 @@
+"""``fairseq-sam landscape``: the loss on a line between two checkpoints, and on a plane of random directions.
+
+The line goes from the weights before training (``--before``) to those after, and as far beyond (FSAM Fig. 5); the
+plane's two directions are filter-normalised (Li et al. 2018; FSAM Fig. 4). A stopped command goes on where it was.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_sam.analysis.landscape import difference, filter_normalised, landscape, steps
+from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.tables import read_rows, write_rows
+from fairseq_sam.commands import common
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure each checkpoint; write ``line.tsv`` or ``surface.tsv``, and the plot beside it."""
+    parser = common.parser("landscape", " ".join((__doc__ or "").split()))
+    parser.add_argument("--before", type=Path, help="checkpoint of the weights before training: a line, not a plane")
+    parser.add_argument("--points", type=int, help="along each axis; default 25, on a line 41")
+    parser.add_argument("--range", nargs=2, type=float, default=(-1.0, 1.0), metavar=("FROM", "TO"), dest="ends")
+    parser.add_argument("--exclude", default="", help="regular expression: parameters that are held constant")
+    args = parser.parse_args(arguments)
+    kind = "line" if args.before else "surface"
+    number = args.points or {"line": 41, "surface": 25}[kind]
+    axis = steps(args.ends[0], args.ends[1], number)
+    places = [(x,) for x in axis] if kind == "line" else [(x, y) for x in axis for y in axis]
+    table = args.out / f"{kind}.tsv"
+    settings = {"subset": args.subset, "seed": str(args.seed), "batches": str(args.num_batches or "all")}
+    rows: list[dict[str, Any]] = [row for row in read_rows(table) if settings.items() <= row.items()]
+    for name, trained, batches in common.trained_models(args):
+        objective = trained.objective(batches, args.exclude)
+        if args.before:
+            directions = [difference(objective, weights_of(args.before))]
+        else:
+            directions = [filter_normalised(objective, args.seed), filter_normalised(objective, args.seed + 10**6)]
+        known = {place_of(row) for row in rows if row["model"] == name}
+        left = [place for place in places if tuple(map(shown, place)) not in known]
+        progress = common.Progress(f"landscape of {name}")
+        for done, point in enumerate(landscape(objective, directions, left), len(places) - len(left) + 1):
+            place = dict(zip(("x", "y"), map(shown, point.place), strict=False))
+            rows.append({"model": name, **settings, **place, "loss": point.loss})
+            progress(done, len(places))
+            if done % number == 0 or done == len(places):
+                write_rows(table, rows)
+    image = table.with_suffix(".png")
+    (plot_line if kind == "line" else plot_surface)(rows, image)
+    common.written(table, image)
+
+
+def weights_of(path: Path) -> Mapping[str, Tensor]:
+    """Return the weights of a checkpoint by their names."""
+    from fairseq import checkpoint_utils
+
+    import fairseq_sam.adapter  # noqa: F401  allows the checkpoints' classes
+
+    weights: Mapping[str, Tensor] = checkpoint_utils.load_checkpoint_to_cpu(str(path))["model"]
+    return weights
+
+
+def shown(number: float) -> str:
+    """Return a coordinate as the table has it."""
+    return f"{number:.6f}"
+
+
+def place_of(row: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the coordinates of a row."""
+    return tuple(row[axis] for axis in ("x", "y") if row.get(axis))
+
+
+def plot_line(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the loss on the line, a curve for each model."""
+    curves = {}
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = sorted((float(row["x"]), float(row["loss"])) for row in rows if row["model"] == name)
+        curves[name] = [x for x, _ in own], [loss for _, loss in own]
+    made, (axes,) = figure()
+    x = "place α: −1 before training, 0 after it"
+    draw_curves(axes, curves, x=x, y="loss (bits)", title="between the weights before and after training")
+    save(made, path)
+
+
+def plot_surface(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the surface of each model as contours, with the same levels for all."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    losses = torch.tensor([float(row["loss"]) for row in rows])
+    levels = torch.linspace(float(losses.min()), float(losses.quantile(0.9)), 15).tolist()
+    made, axes = figure(len(names), 3)
+    for place, name in enumerate(names):
+        found = {(float(row["x"]), float(row["y"])): float(row["loss"]) for row in rows if row["model"] == name}
+        xs, ys = (sorted({point[axis] for point in found}) for axis in (0, 1))
+        grid = [[found.get((x, y), float("nan")) for x in xs] for y in ys]
+        contours = axes[place].contour(xs, ys, grid, levels=levels, cmap="viridis")
+        axes[place].clabel(contours, fontsize=7)
+        axes[place].plot([0.0], [0.0], "k+")
+        axes[place].set_title(name)
+        axes[place].set_xlabel("first direction (filter norms)")
+        axes[place].set_ylabel("second direction (filter norms)")
+    made.suptitle("Loss (bits) around the weights, filter-normalised directions")
+    save(made, path)

@@ -1,0 +1,77 @@
+"""``fairseq-sam robustness``: loss and scores after adversarial corruptions of the weights (GA-SAM Table 4)."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fairseq_sam.analysis.corruption import STEPS
+from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.robustness import RADII, Corrupted, robustness
+from fairseq_sam.analysis.tables import write_rows
+from fairseq_sam.commands import common
+
+# Scores that are drawn, with the labels of their axes.
+SCORES = {"bleu": "BLEU", "accuracy": "accuracy (%)", "loss": "loss (bits)"}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure each checkpoint at each radius; write ``robustness.tsv`` and ``robustness.png``."""
+    parser = common.parser("robustness", __doc__ or "")
+    parser.add_argument(
+        "--l2", nargs="*", type=float, default=RADII["l2"], help="radii of L2 balls; default %(default)s"
+    )
+    parser.add_argument(
+        "--linf", nargs="*", type=float, default=RADII["linf"], help="radii of L-infinity balls; default %(default)s"
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="ascent steps of a corruption; default %(default)s")
+    parser.add_argument("--attack-subset", help="split whose loss the corruption makes large; default that of --subset")
+    parser.add_argument("--attack-batches", type=int, help="batches of it, chosen at random; default all")
+    parser.add_argument("--bleu", type=int, metavar="BEAM", default=0, help="translate with this beam; BLEU is scored")
+    parser.add_argument("--remove-bpe", default="@@ ", help="how subwords are joined for BLEU; default '%(default)s'")
+    args = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
+    for name, trained, batches in common.trained_models(args, bleu=args.bleu, remove_bpe=args.remove_bpe):
+        attack = batches
+        if args.attack_subset or args.attack_batches:
+            attack = common.batches_of(
+                args, trained, subset=args.attack_subset or args.subset, number=args.attack_batches
+            )
+        found = robustness(
+            trained.objective(attack),
+            radii={norm: radii for norm, radii in (("l2", args.l2), ("linf", args.linf)) if radii},
+            steps=args.steps,
+            score=functools.partial(trained.scores, batches),
+            progress=common.Progress(f"robustness of {name}"),
+        )
+        rows += [row_of(name, corrupted) for corrupted in found]
+        write_rows(args.out / "robustness.tsv", rows)
+    plot(rows, args.out / "robustness.png")
+    common.written(args.out / "robustness.tsv", args.out / "robustness.png")
+
+
+def row_of(name: str, corrupted: Corrupted) -> dict[str, Any]:
+    """Return a row of the table."""
+    own = {"norm": corrupted.norm, "radius": corrupted.radius, "reached": corrupted.reached}
+    return {"model": name, **own, "attacked loss": corrupted.loss, **corrupted.scores}
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw each score against the radius, a row of panels for each norm, a curve for each model.
+
+    Args:
+        rows: of the table.
+        path: the file.
+    """
+    norms = list(dict.fromkeys(row["norm"] for row in rows if row["norm"]))
+    shown = [score for score in SCORES if any(score in row for row in rows)]
+    made, axes = figure(len(norms) * len(shown), len(shown))
+    for place, (norm, score) in enumerate((norm, score) for norm in norms for score in shown):
+        curves = {}
+        for name in dict.fromkeys(row["model"] for row in rows):
+            own = [row for row in rows if row["model"] == name and row["norm"] in ("", norm)]
+            curves[name] = [row["radius"] for row in own], [row[score] for row in own]
+        label = {"l2": "L2", "linf": "L∞"}.get(norm, norm)
+        draw_curves(axes[place], curves, x=f"radius of the corruption, {label}", y=SCORES[score])
+    made.suptitle("After adversarial corruptions of the weights")
+    save(made, path)

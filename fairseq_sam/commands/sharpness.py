@@ -1,0 +1,90 @@
+"""``fairseq-sam sharpness``: how much the loss rises when the weights move a given distance.
+
+Along the worst direction, the steepest one, random ones, and for each instance along its own (δ-SAM Table 4).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fairseq_sam.analysis.corruption import STEPS
+from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.sharpness import (
+    DIRECTIONS,
+    adversarial_risk,
+    ascent_sharpness,
+    average_sharpness,
+    worst_sharpness,
+)
+from fairseq_sam.analysis.tables import write_rows
+from fairseq_sam.commands import common
+from fairseq_sam.core.method import PRESETS
+
+RADII = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+KINDS = ("worst", "ascent", "average", "instance")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure each checkpoint at each radius; write ``sharpness.tsv`` and ``sharpness.png``."""
+    parser = common.parser("sharpness", " ".join((__doc__ or "").split()))
+    parser.add_argument("--radii", nargs="+", type=float, default=RADII, help="distances; default %(default)s")
+    parser.add_argument("--norm", default="l2", help="of the distance: l2, linf or a number; average is always l2")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS[:3], help="directions; default %(default)s")
+    parser.add_argument("--steps", type=int, default=STEPS, help="ascent steps to the worst; default %(default)s")
+    parser.add_argument("--directions", type=int, default=DIRECTIONS, help="random directions; default %(default)s")
+    parser.add_argument("--method", default="sam", choices=list(PRESETS), help="whose scale T stretches the ball")
+    parser.add_argument("--instances", type=int, default=200, help="single instances, at random; default %(default)s")
+    args = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
+    for name, trained, batches in common.trained_models(args):
+        model, loss_sum, method = trained.model, trained.loss_sum, PRESETS[args.method]
+        single = []
+        if "instance" in args.kinds:
+            single = common.batches_of(args, trained, batch_size=1, number=args.instances)
+        for radius in args.radii:
+            ball: dict[str, Any] = {"epsilon": radius, "norm": args.norm}
+            for kind in args.kinds:
+                progress = common.Progress(f"{kind} sharpness of {name} at {radius:g}")
+                if kind == "worst":
+                    found = worst_sharpness(
+                        model, batches, loss_sum, **ball, steps=args.steps, method=method, progress=progress
+                    )
+                elif kind == "ascent":
+                    found = ascent_sharpness(model, batches, loss_sum, **ball, method=method)
+                elif kind == "average":
+                    found = average_sharpness(
+                        model, batches, loss_sum, epsilon=radius, directions=args.directions, seed=args.seed,
+                        progress=progress,
+                    )  # fmt: skip
+                else:
+                    found = adversarial_risk(model, single, loss_sum, **ball, progress=progress)
+                rows.append({
+                    "model": name, "direction": kind, "norm": "l2" if kind == "average" else args.norm,
+                    "radius": radius, "loss": found.loss, "perturbed loss": found.perturbed_loss,
+                    "sharpness": found.sharpness, "standard error": found.error,
+                })  # fmt: skip
+        write_rows(args.out / "sharpness.tsv", rows)
+    plot(rows, args.out / "sharpness.png")
+    common.written(args.out / "sharpness.tsv", args.out / "sharpness.png")
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw sharpness against the radius, a panel for each kind of direction, a curve for each model.
+
+    Args:
+        rows: of the table.
+        path: the file.
+    """
+    kinds = list(dict.fromkeys(row["direction"] for row in rows))
+    made, axes = figure(len(kinds), 2 if len(kinds) > 3 else len(kinds))
+    for place, kind in enumerate(kinds):
+        own = [row for row in rows if row["direction"] == kind]
+        curves = {}
+        for name in dict.fromkeys(row["model"] for row in own):
+            same = [row for row in own if row["model"] == name]
+            curves[name] = [row["radius"] for row in same], [row["sharpness"] for row in same]
+        x = f"distance ({ {'l2': 'L2', 'linf': 'L∞'}.get(str(own[0]['norm']), own[0]['norm']) })"
+        draw_curves(axes[place], curves, x=x, y="rise of the loss (bits)", title=f"{kind} direction")
+        axes[place].set_xscale("log")
+        axes[place].set_yscale("symlog", linthresh=1e-3)
+    save(made, path)

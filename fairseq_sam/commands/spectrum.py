@@ -1,0 +1,106 @@
+"""``fairseq-sam spectrum``: the largest eigenvalues of the Hessian and of the Fisher information (GA-SAM Fig. 3).
+
+With them the Hessian's trace and the density of its eigenvalues.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.spectrum import (
+    TOP,
+    fisher_eigenvalues,
+    hessian_density,
+    hessian_eigenvalues,
+    hessian_trace,
+)
+from fairseq_sam.analysis.tables import write_rows
+from fairseq_sam.commands import common
+
+PARTS = ("hessian", "fisher", "trace", "density")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure each checkpoint; write ``eigenvalues.tsv``, ``trace.tsv``, ``density.tsv`` and ``spectrum.png``."""
+    parser = common.parser("spectrum", " ".join((__doc__ or "").split()))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured; default all")
+    parser.add_argument("--top", type=int, default=TOP, help="how many eigenvalues; default %(default)s")
+    parser.add_argument("--steps", type=int, help="of Lanczos; default twice as many as eigenvalues, and 20")
+    parser.add_argument(
+        "--instances", type=int, default=256, help="of the Fisher information, at random; default %(default)s"
+    )
+    parser.add_argument("--samples", type=int, default=30, help="products for the trace; default %(default)s")
+    parser.add_argument("--density-steps", type=int, default=80, help="of Lanczos for the density; default %(default)s")
+    parser.add_argument("--exclude", default="", help="regular expression: parameters that are held constant")
+    args = parser.parse_args(arguments)
+    tables: dict[str, list[dict[str, Any]]] = {"eigenvalues": [], "trace": [], "density": []}
+    for name, trained, batches in common.trained_models(args):
+        objective = trained.objective(batches, args.exclude)
+        if "hessian" in args.parts:
+            progress = common.Progress(f"Hessian of {name}")
+            found = hessian_eigenvalues(objective, args.top, steps=args.steps, seed=args.seed, progress=progress)
+            tables["eigenvalues"] += eigenvalue_rows(name, "hessian", found)
+        if "fisher" in args.parts:
+            single = common.batches_of(args, trained, batch_size=1, number=args.instances)
+            found = fisher_eigenvalues(
+                trained.model, single, trained.loss_sum, min(args.top, len(single)), exclude=args.exclude,
+                progress=common.Progress(f"Fisher information of {name}"),
+            )  # fmt: skip
+            tables["eigenvalues"] += eigenvalue_rows(name, "fisher", found)
+        if "trace" in args.parts:
+            trace = hessian_trace(objective, args.samples, seed=args.seed, progress=common.Progress(f"trace of {name}"))
+            tables["trace"].append({"model": name, "trace": trace.value, "standard error": trace.error})
+        if "density" in args.parts:
+            progress = common.Progress(f"density of {name}")
+            density = hessian_density(objective, steps=args.density_steps, seed=args.seed, progress=progress)
+            pairs = zip(density.grid.tolist(), density.density.tolist(), strict=True)
+            tables["density"] += [{"model": name, "eigenvalue": place, "density": value} for place, value in pairs]
+        for table, rows in tables.items():
+            if rows:
+                write_rows(args.out / f"{table}.tsv", rows)
+    plot(tables, args.out / "spectrum.png")
+    common.written(*(args.out / f"{table}.tsv" for table, rows in tables.items() if rows), args.out / "spectrum.png")
+
+
+def eigenvalue_rows(name: str, matrix: str, found: Any) -> list[dict[str, Any]]:
+    """Return rows of the table of eigenvalues."""
+    pairs = zip(found.values.tolist(), found.residuals.tolist(), strict=True)
+    return [
+        {"model": name, "matrix": matrix, "rank": rank, "eigenvalue": value, "residual": residual}
+        for rank, (value, residual) in enumerate(pairs, 1)
+    ]
+
+
+def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw eigenvalues by rank and their density, a curve for each model.
+
+    Args:
+        tables: ``eigenvalues``, ``trace`` and ``density``, each may be empty.
+        path: the file.
+    """
+    matrices = list(dict.fromkeys(row["matrix"] for row in tables["eigenvalues"]))
+    made, axes = figure(len(matrices) + bool(tables["density"]) or 1)
+    for place, matrix in enumerate(matrices):
+        own = [row for row in tables["eigenvalues"] if row["matrix"] == matrix]
+        title = {"hessian": "Hessian", "fisher": "Fisher information"}[matrix]
+        draw_curves(axes[place], by_model(own, "rank", "eigenvalue"), x="rank", y="eigenvalue (bits)", title=title)
+    if tables["density"]:
+        curves = by_model(tables["density"], "eigenvalue", "density")
+        options = {"x": "eigenvalue of the Hessian (bits)", "y": "density", "title": "density of all eigenvalues"}
+        draw_curves(axes[-1], curves, **options, marker="")
+        axes[-1].set_yscale("log")
+        axes[-1].set_ylim(bottom=1e-8)
+    elif tables["trace"] and not matrices:
+        names = [row["model"] for row in tables["trace"]]
+        errors = [row["standard error"] for row in tables["trace"]]
+        axes[0].bar(names, [row["trace"] for row in tables["trace"]], yerr=errors, color="C0", hatch="//")
+        axes[0].set_ylabel("trace of the Hessian (bits)")
+    save(made, path)
+
+
+def by_model(rows: Sequence[dict[str, Any]], x: str, y: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the curve of two columns for each model."""
+    names = dict.fromkeys(row["model"] for row in rows)
+    same = {name: [row for row in rows if row["model"] == name] for name in names}
+    return {name: ([row[x] for row in own], [row[y] for row in own]) for name, own in same.items()}
