@@ -59,6 +59,7 @@ COMMANDS = {
     "sharpness": "rise of the loss along the worst, the steepest and random directions, and for each instance",
     "landscape": "the loss on a line between two checkpoints, or on a plane",
     "gradients": "gradient norms by epoch and layer, from the log of --sam-gradient-log",
+    "theory": "GA-SAM's analytic trials on MNIST",
     "epsilon": "the radius at which a method raises the loss by a wanted fraction",
 }
 
