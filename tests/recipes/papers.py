@@ -150,3 +150,55 @@ def _rows_of_line(label: str, labels: Sequence[str]) -> list[str]:
     """A line's rows: one, or two of those that are asked for."""
     pairs = ([first, second] for first in labels for second in labels if label == f"{first} {second}")
     return next(pairs, [label])
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------
+
+SECTION = r"(?:\d|[A-C])(?:\.\d)*"
+
+
+@cache
+def passage(file: str, name: str) -> str | None:
+    """Text of a section up to the next heading, or of a table or figure with its caption; None if there is none.
+
+    Args:
+        file: the paper's text.
+        name: such as ``4.2``, ``C.2.1``, ``Table 10`` or ``Figure 2``.
+    """
+    lines = lines_of(file)
+    if " " in name:
+        captions = [number for number, line in enumerate(lines) if line.startswith(f"{name}:")]
+        return "\n".join(_around(lines, captions[0])) if captions else None
+    found = ((number, re.match(rf"[# ]*({SECTION})\s+[A-Z]", line)) for number, line in enumerate(lines))
+    headings = {number: heading[1] for number, heading in found if heading}
+    for number, heading in headings.items():
+        if heading == name:
+            end = min((other for other in headings if other > number), default=len(lines))
+            return "\n".join(lines[number:end])
+    # Where the text has lost a heading, those of its parts are there.
+    return "" if any(heading.startswith(f"{name}.") for heading in headings.values()) else None
+
+
+def _around(lines: Sequence[str], caption: int) -> list[str]:
+    """A caption, and the lines of a table that stand above or below it."""
+    first, last = caption - 1, caption + 1
+    while first >= 0 and not lines[first]:
+        first -= 1
+    while first >= 0 and lines[first]:
+        first -= 1
+    while last < len(lines) and not lines[last]:
+        last += 1
+    while last < len(lines) and lines[last]:
+        last += 1
+    return lines[first + 1 : last]
+
+
+def numbers(text: str) -> set[float]:
+    """Numbers of a text: also ``2 × 10−5``, ``15,000``, ``250k``; a percentage as its share too."""
+    text = re.sub(r"(\d)\s*×\s*10−(\d)", r"\1e-\2", text)
+    text = re.sub(r"(?<![\w.])10−(\d)", r"1e-\1", text)
+    found = set()
+    for digits, unit in re.findall(r"(?<![\w.])(\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?)(k\b| ?%)?", text):
+        value = float(digits.replace(",", ""))
+        found |= {value * 1000} if unit == "k" else {value, value / 100} if unit else {value}
+    return found
