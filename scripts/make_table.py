@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.recipes.obtained import read_rows  # noqa: E402
-from scripts.recipes.recipe import Metric, RecipeError, column_names, read_recipe, recipe_folders  # noqa: E402
+from scripts.recipes.recipe import Metric, RecipeError, column_names, read_recipe, recipe_folders, size_names  # noqa: E402
 from scripts.recipes.tables import AVERAGE, FORMATS, average_rows, cells, table_rows  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results.md"
@@ -51,7 +51,8 @@ def main() -> None:
             for folder in args.recipes or recipe_folders():
                 write_readme(read_recipe(folder, "mini").folder)
             RESULTS.write_text(results(), encoding="utf-8")
-        texts = [table(folder, args.size, args.format, args.obtained) for folder in args.recipes or recipe_folders()]
+        folders = args.recipes or [folder for folder in recipe_folders() if args.size in size_names(folder)]
+        texts = [table(folder, args.size, args.format, args.obtained) for folder in folders]
     except RecipeError as error:
         raise SystemExit(f"error: {error}") from None
     text = "\n".join(texts)

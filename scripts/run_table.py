@@ -11,6 +11,7 @@ GPUs there is a job on each at a time; ``--jobs`` says otherwise.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,17 +40,32 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the commands and leave")
     args = parser.parse_args()
     try:
-        changed = dict(option.partition("=")[::2] for option in args.set)
+        changed = changed_options(args.set)
         columns = args.columns or column_names(args.recipe, args.size)
         recipes = [read_recipe(args.recipe, args.size, column, changed) for column in columns]
         run_table(
-            recipes, data=args.data, out=args.out.resolve(), methods=args.methods, seeds=args.seeds, num_jobs=args.jobs,
+            recipes, data=args.data, out=args.out, methods=args.methods, seeds=args.seeds, num_jobs=args.jobs,
             cpu=args.cpu, record=args.record, dry_run=args.dry_run,
         )  # fmt: skip
     except (RecipeError, RunError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None
+
+
+def changed_options(words: Sequence[str]) -> dict[str, str]:
+    """Options from ``NAME=VALUE``; a path that exists is made absolute, since preparations run elsewhere.
+
+    Raises:
+        RecipeError: if a word is not of that form.
+    """
+    options = {}
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not (name and sign):
+            raise RecipeError(f"--set takes NAME=VALUE, got {word!r}")
+        options[name] = str(Path(value).resolve()) if value and Path(value).exists() else value
+    return options
 
 
 if __name__ == "__main__":

@@ -21,15 +21,21 @@ from scripts.recipes.recipe import ROOT
 from scripts.recipes.text import CorpusError, read_lines
 
 LANGUAGES = ("de", "en")
-FOLDERS = ("iwslt14_deen", "iwslt14_deen_partial")
+WHOLE, PARTIAL = "iwslt14_deen", "iwslt14_deen_partial"
 
 
-def find_folder(data: Path) -> Path:
-    """The corpus in a folder of corpora."""
-    for name in FOLDERS:
-        if (data / name).is_dir():
-            return data / name
-    raise CorpusError(f"{data} has neither {FOLDERS[0]} nor {FOLDERS[1]}; --data must name the folder of the corpora")
+def find_folder(data: Path, may_be_partial: bool) -> Path:
+    """The corpus in a folder of corpora: the whole one, else a partial one where that will do."""
+    if (data / WHOLE).is_dir():
+        return data / WHOLE
+    if not (data / PARTIAL).is_dir():
+        raise CorpusError(f"{data} has neither {WHOLE} nor {PARTIAL}; --data must name the folder of the corpora")
+    if not may_be_partial:
+        raise CorpusError(
+            f"{data / PARTIAL} has a part of the training pairs only; this size needs the whole corpus in "
+            f"{data / WHOLE}: train.de, train.en, and valid and test likewise"
+        )
+    return data / PARTIAL
 
 
 def read_pairs(folder: Path, split: str, number: int | None = None) -> list[tuple[str, str]]:
@@ -57,11 +63,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write data-bin into")
     parser.add_argument("--num-merges", type=int, default=10000, help="joint merges, where the corpus has none")
     parser.add_argument("--max-words", type=int, default=175, help="longest side of a training pair, in subwords")
+    parser.add_argument("--partial", action="store_true", help="take a part of the corpus where the whole is not there")
     parser.add_argument("--num-valid", type=int, help="validation pairs, the first; default all")
     parser.add_argument("--num-test", type=int, help="test pairs, the first; default all")
     args = parser.parse_args()
     try:
-        folder = find_folder(args.data)
+        folder = find_folder(args.data, args.partial)
         is_whole = any((folder / f"train.de{ending}").exists() for ending in ("", ".xz"))
         pairs = {"train": read_pairs(folder, "train" if is_whole else "train_sample")}
         pairs |= {

@@ -73,7 +73,7 @@ def panels(recipes: Sequence[Recipe], obtained: Path, x: str | None = None) -> l
         raise RecipeError(f"--x must be an option of the columns or a flag of some methods of the recipe, got {x!r}")
     found: dict[str, Panel] = {}
     for recipe in recipes:
-        task = str(recipe.options.get("task", recipe.column)) if of_columns else recipe.column
+        task = column_without_rate(recipe) if of_columns else recipe.column
         panel = found.setdefault(f"{task}, {recipe.metric.name}", Panel(task, recipe.metric))
         for row in table_rows(recipe, obtained, recipe.folder / "expected.tsv"):
             flags = recipe.methods.get(row.method, {})
@@ -88,6 +88,13 @@ def panels(recipes: Sequence[Recipe], obtained: Path, x: str | None = None) -> l
     if not drawn:
         raise RecipeError(f"{obtained} has no scores of {recipes[0].name} at --size {recipes[0].size}; run it first")
     return drawn
+
+
+def column_without_rate(recipe: Recipe) -> str:
+    """The name of the column, or the title of a recipe whose columns are rates alone."""
+    rate = recipe.options.get(RATE)
+    name = recipe.column if rate is None else recipe.column.removesuffix(f"{float(rate):.0%}")
+    return name.strip() or recipe.title
 
 
 def draw(shown: Sequence[Panel], x: str | None, title: str, out: Path) -> None:

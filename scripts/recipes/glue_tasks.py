@@ -58,7 +58,6 @@ class GlueTask:
         scale: what regression scores are divided by for training.
         trainer: fairseq's task and criterion.
         report: further flags for fairseq-train: what to report and which checkpoint is best.
-        higher_is_better: whether the scores are better if higher.
         read: makes an instance of a record; None takes ``texts`` as they are.
     """
 
@@ -75,7 +74,6 @@ class GlueTask:
     scale: float = 1.0
     trainer: str = "sentence_prediction"
     report: tuple[str, ...] = ("--best-checkpoint-metric", "accuracy", "--maximize-best-checkpoint-metric")
-    higher_is_better: bool = True
     read: Callable[["GlueTask", Record], Instance] | None = None
 
     @property

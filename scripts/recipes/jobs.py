@@ -53,7 +53,7 @@ class Job:
         starts = [int(flags["sam-start-epoch"]) for flags in self.recipe.methods.values() if "sam-start-epoch" in flags]
         last = min(starts, default=1) - 1
         own = int(self.flags.get("max-epoch") or 0) - int(self.flags.get("keep-last-epochs") or 0)  # not averaged
-        is_plain = self.method == self.recipe.baseline
+        is_plain = "sam-start-epoch" not in self.flags
         if not self.recipe.shared_start or is_plain or not 1 <= last <= own:
             return None
         return Job(self.recipe, self.recipe.baseline, self.seed, self.out, self.cpu, until=last)

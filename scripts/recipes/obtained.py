@@ -2,16 +2,21 @@
 
 import csv
 import datetime
+import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
 from scripts.recipes.jobs import Job, training_summary
+from scripts.recipes.locks import locked
 from scripts.recipes.recipe import ROOT
 from scripts.recipes.significance import compare
 
@@ -20,6 +25,9 @@ COLUMNS = [
     "flags", "versions", "hardware", "commit", "date",
 ]  # fmt: skip
 ROW = "row.json"
+VERSIONED = (
+    "torch", "fairseq-fixed", "fairseq", "numpy", "sacrebleu", "scikit-learn", "scipy", "rouge-score", "tokenizers",
+)  # fmt: skip
 KEY = ("size", "column", "method", "seed", "metric")
 
 
@@ -42,8 +50,9 @@ def record_job(job: Job, tables: Sequence[Path]) -> None:
     row |= {"size": job.recipe.size, "column": job.recipe.column, "method": job.method, "seed": str(job.seed)}
     row["flags"] = _method_flags(job)
     for table in tables:
-        earlier = [each["p_value"] for each in read_rows(table) if _key(each) == _key(row)]
-        _put(table, {"p_value": "".join(earlier), **row}, list(job.recipe.methods))
+        with _written_alone(table):
+            earlier = [each["p_value"] for each in read_rows(table) if _key(each) == _key(row)]
+            _put(table, {"p_value": "".join(earlier), **row}, list(job.recipe.methods))
 
 
 def _scored(job: Job) -> dict[str, str]:
@@ -80,15 +89,16 @@ def write_significance(jobs: Sequence[Job], tables: Sequence[Path]) -> None:
             continue
         wanted = (recipe.size, recipe.column, job.method, str(job.seed), recipe.metric.name)
         for table in tables:
-            for row in read_rows(table):
-                if _key(row) == wanted:
-                    _put(table, {**row, "p_value": f"{p_value:.4g}"}, list(recipe.methods))
+            with _written_alone(table):
+                for row in read_rows(table):
+                    if _key(row) == wanted:
+                        _put(table, {**row, "p_value": f"{p_value:.4g}"}, list(recipe.methods))
 
 
 def versions() -> str:
     """Versions of what the figures depend on."""
     found = [f"Python {platform.python_version()}"]
-    for package in ("torch", "fairseq-fixed", "fairseq", "numpy"):
+    for package in VERSIONED:
         try:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
@@ -121,6 +131,12 @@ def _commit() -> str:
 
 def _key(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[key] for key in KEY)
+
+
+def _written_alone(table: Path) -> AbstractContextManager[None]:
+    """Keep other processes from the table; the lock lies elsewhere, since a table may be in a recipe's folder."""
+    name = hashlib.sha256(str(table.resolve()).encode()).hexdigest()[:16]
+    return locked(Path(tempfile.gettempdir()) / f"fairseq_sam-{os.getuid()}-{name}.lock")
 
 
 def _put(table: Path, row: dict[str, str], order: list[str]) -> None:

@@ -1,8 +1,8 @@
 """A recipe: the settings of one table of a paper, read from ``recipe.yaml`` in its folder.
 
 The file has these keys; ``extends`` names another recipe's folder, whose keys are taken where the file has none.
-``sizes`` and ``sources`` add up; but what a size says of methods or columns is left where the recipe has methods or
-columns of its own.
+``sizes`` add up, and so do ``sources`` of the same paper; but what a size says of methods or columns is left where the
+recipe has methods or columns of its own.
 
 ==============  ====================================================================================================
 ``title``       what is trained on what
@@ -169,7 +169,8 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
     def merged(key: str) -> dict[str, Any]:
         return {name: value for layer in layers for name, value in (layer.get(key) or {}).items()}
 
-    options = {**merged("options"), **at_rate, **(changed or {})}
+    options = {**merged("options"), **at_rate}
+    options |= {name: _like(options.get(name), value) for name, value in (changed or {}).items()}
     flags = {**(FLAGS_OF[content["flags_of"]](options) if "flags_of" in content else {}), **merged("flags")}
     own = {name: [(layer.get("methods") or {}).get(name) or {} for layer in layers] for name in content["methods"]}
     return Recipe(
@@ -198,6 +199,11 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
             if name not in (changed or {})
         },
     )
+
+
+def _like(own: Any, value: Any) -> Any:
+    """A changed option: words with commas between where the recipe has a list."""
+    return value.split(",") if isinstance(own, list) and isinstance(value, str) else value
 
 
 def size_names(folder: str | Path) -> list[str]:
@@ -277,13 +283,19 @@ def _content(place: Path) -> dict[str, Any]:
             size["needs"] = {name: place / folder for name, folder in size["needs"].items()}
     if "extends" in content:
         base = _content(_found(place / content.pop("extends")))
-        sources = {**(base.get("sources") or {}), **(content.get("sources") or {})}
+        sources = {**_sources_of_same_paper(base, content), **(content.get("sources") or {})}
         sizes = _merged(base["sizes"], content.get("sizes") or {}, {"methods", "columns"} - set(content))
         content = {**base, **content, "sizes": sizes, "sources": sources}
     missing = sorted({"title", "paper", "prepare", "evaluate", "metric", "methods", "sizes"} - set(content))
     if missing:
         raise RecipeError(f"{place / FILE} needs the key {missing[0]!r}")
     return content
+
+
+def _sources_of_same_paper(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str]:
+    """The sources that a recipe takes over: sections and tables mean others in another paper."""
+    papers = [content.get("paper", base["paper"]).partition(",")[0] for content in (base, own)]
+    return dict(base.get("sources") or {}) if papers[0] == papers[1] else {}
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any], inherited: set[str]) -> dict[str, Any]:

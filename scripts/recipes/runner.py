@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from scripts.recipes.jobs import MODEL, SCORES, Job, data_folder, needed_jobs, progress_of
+from scripts.recipes.locks import locked
 from scripts.recipes.obtained import record_job, write_significance
 from scripts.recipes.recipe import ROOT, Recipe, command_line
 
@@ -56,6 +57,7 @@ def run_table(
     Raises:
         RunError: if a method is unknown, or commands failed; the others are finished first.
     """
+    data, out = data.resolve(), out.resolve()
     first = recipes[0]
     unknown = sorted(set(methods or ()) - set(first.methods))
     if unknown:
@@ -98,14 +100,27 @@ def preparation(recipe: Recipe, data: Path, out: Path) -> list[str]:
 def _prepare(recipe: Recipe, data: Path, out: Path) -> None:
     folder = data_folder(recipe, out)
     done = folder / "done"
-    if done.exists():
-        return
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted preparation has left
-    folder.mkdir(parents=True)
-    print(f"preparing {folder}", flush=True)
-    if subprocess.run(preparation(recipe, data, out), cwd=ROOT).returncode:
-        raise RunError(f"{recipe.prepare} failed; see above")
-    done.touch()
+    with locked(folder.parent / "preparation.lock"):  # another process may run a table on the same data
+        if done.exists():
+            source = done.read_text(encoding="utf-8").strip()
+            if source and Path(source) != data:
+                raise RunError(
+                    f"{folder} was prepared from --data {source}, now it is {data}; remove that folder's parent to "
+                    "start anew, or name another --out"
+                )
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted preparation has left
+        folder.mkdir(parents=True)
+        print(f"preparing {folder}", flush=True)
+        if subprocess.run(preparation(recipe, data, out), cwd=ROOT).returncode:
+            raise RunError(f"{recipe.prepare} failed; see above")
+        done.write_text(f"{data}\n", encoding="utf-8")
+
+
+def visible_device(number: int) -> str:
+    """Return what CUDA_VISIBLE_DEVICES must be for a job on the `number`-th GPU that this process sees."""
+    own = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return own[number] if own else str(number)
 
 
 def _starts(jobs: Sequence[Job]) -> list[Job]:
@@ -166,13 +181,13 @@ class _Runs:
                     finished, _ = wait(futures, timeout=SHOWN_EVERY, return_when=FIRST_COMPLETED)
                     for future in finished:
                         job = futures.pop(future)
-                        if future.exception() is None:
-                            self._record(job)
+                        error = future.exception() or self._problem_of_recording(job)
+                        if error is None:
                             metrics = dict.fromkeys(row.recipe.metric.name for row in self._rows[job])
                             self._show(job, _outcome(job, list(metrics)))
                         else:
-                            failed.append(f"{job.method}, seed {job.seed}: {future.exception()}")
-                            self._show(job, f"failed: {future.exception()}")
+                            failed.append(f"{job.method}, seed {job.seed}: {error}")
+                            self._show(job, f"failed: {error}")
                     if not finished:
                         self._report(total - len(futures), total)
             except BaseException:
@@ -183,6 +198,13 @@ class _Runs:
                 f"{len(failed)} of {total} runs failed; the same command tries them again\n" + "\n".join(failed)
             )
 
+    def _problem_of_recording(self, job: Job) -> Exception | None:
+        try:
+            self._record(job)
+        except ValueError as error:
+            return error
+        return None
+
     def _record(self, job: Job) -> None:
         for row in self._rows[job]:
             record_job(row, self._tables)
@@ -190,16 +212,22 @@ class _Runs:
     def _run_job(self, job: Job) -> None:
         device = self._devices.get()
         try:
-            job.write_settings()
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(self._threads)}
-            if device is not None:
-                environment["CUDA_VISIBLE_DEVICES"] = str(device)
-            for command in job.commands():
-                self._call(job, command, environment)
-            if job.until is not None:
-                (job.run / SCORES).write_text("{}\n", encoding="utf-8")
+            job.run.mkdir(parents=True, exist_ok=True)
+            with locked(job.run / "run.lock"):
+                if job.scores is None:  # else another process has just done it
+                    self._do(job, device)
         finally:
             self._devices.put(device)
+
+    def _do(self, job: Job, device: int | None) -> None:
+        job.write_settings()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(self._threads)}
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = visible_device(device)
+        for command in job.commands():
+            self._call(job, command, environment)
+        if job.until is not None:
+            (job.run / SCORES).write_text("{}\n", encoding="utf-8")
 
     def _call(self, job: Job, command: list[str], environment: dict[str, str]) -> None:
         with (job.run / OUTPUT).open("ab") as output:

@@ -147,25 +147,6 @@ def rouge(predictions: Texts, references: Texts, stemmed: bool = True) -> dict[s
     return {name: 100.0 * sum(each[name].fmeasure for each in found) / len(found) for name in names}
 
 
-def bleu(hypotheses: Texts, references: Sequence[Texts], **options: Any) -> dict[str, Any]:
-    """Return corpus BLEU, 0 to 100.
-
-    Args:
-        hypotheses: detokenised translations.
-        references: lists of references, each as long as the hypotheses.
-        options: of sacrebleu's ``BLEU``, e.g. ``tokenize="none"`` and ``force=True`` for tokenised text.
-
-    Returns:
-        ``bleu`` and sacrebleu's ``signature``.
-    """
-    from sacrebleu import BLEU
-
-    _check_references(hypotheses, references)
-    metric = BLEU(**options)
-    score = metric.corpus_score(list(hypotheses), [list(each) for each in references]).score
-    return {"bleu": float(score), "signature": str(metric.get_signature())}
-
-
 def bleu_significance(
     hypotheses: Texts, baseline: Texts, references: Sequence[Texts], samples: int = 1000, **options: Any
 ) -> dict[str, Any]:

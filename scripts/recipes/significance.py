@@ -1,12 +1,11 @@
 """Whether a method differs from the baseline by more than chance."""
 
-import json
 import math
 from collections.abc import Sequence
 
 from scipy import stats
 
-from scripts.recipes.jobs import SETTINGS, Job
+from scripts.recipes.jobs import Job
 from scripts.recipes.scores import bleu_significance
 
 HYPOTHESES, REFERENCES = "hypotheses.txt", "references.txt"
@@ -20,15 +19,18 @@ def paired_t_test(first: Sequence[float], second: Sequence[float]) -> float:
         second: scores of the baseline with the same seeds.
 
     Returns:
-        The p-value; NaN for fewer than two seeds, 1 where all are equal.
+        The p-value, 1 where all are equal; NaN for fewer than two seeds, or where all differ by the same amount, from
+        which no spread can be told.
     """
     if len(first) != len(second):
         raise ValueError(f"expected as many scores as of the baseline, got {len(first)} and {len(second)}")
     if len(first) < 2:
         return math.nan
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    if len(set(differences)) == 1:
-        return 1.0 if differences[0] == 0 else 0.0
+    if not any(differences):
+        return 1.0
+    if max(differences) - min(differences) <= 1e-9 * max(map(abs, differences)):
+        return math.nan
     return float(stats.ttest_rel(first, second).pvalue)
 
 
@@ -37,8 +39,6 @@ def compare(job: Job, baseline: Job) -> float | None:
     paths = [run / HYPOTHESES for run in (job.run, baseline.run)]
     if not all(path.exists() for path in paths):
         return None
-    settings = json.loads((job.run / SETTINGS).read_text(encoding="utf-8"))
     references = (job.run / REFERENCES).read_text(encoding="utf-8").split("\n")[:-1]
     first, second = (path.read_text(encoding="utf-8").split("\n")[:-1] for path in paths)
-    tokenize = settings["evaluation"].get("bleu_tokenize", "13a")
-    return float(bleu_significance(first, second, [references], tokenize=tokenize)["p"])
+    return float(bleu_significance(first, second, [references])["p"])

@@ -129,7 +129,7 @@ def cells(rows: Sequence[Row], metric: Metric) -> list[list[str]]:
             row.method,
             _with_spread(row.mean, row.std, metric.digits),
             "" if is_base else _signed(row.mean - base.mean, metric.digits) + better,
-            _number(row.p_value, 3),
+            _probability(row.p_value),
             str(len(row.values)),
             _number(row.passes, 2),
             _duration(row.seconds),
@@ -181,6 +181,10 @@ def _number(value: float, digits: int) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
+def _probability(value: float) -> str:
+    return "<0.001" if value < 0.001 else _number(value, 3)
+
+
 def _signed(value: float, digits: int) -> str:
     return "" if math.isnan(value) else f"{value:+.{digits}f}"
 
@@ -212,5 +216,5 @@ def _escaped(cell: str) -> str:
 _LATEX = {
     "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
     "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
-    "‖": r"$\Vert$", "√": r"$\surd$", "ε": r"$\epsilon$", "δ": r"$\delta$", "∞": r"$\infty$",
+    "‖": r"$\Vert$", "√": r"$\surd$", "ε": r"$\epsilon$", "δ": r"$\delta$", "∞": r"$\infty$", "<": r"$<$",
 }  # fmt: skip

@@ -36,13 +36,25 @@ def test_over_the_sampling_rate(tmp_path):
     recipes = columns("fsam_figure2_roberta_large")
     path = write_rows(tmp_path / "obtained.tsv", recipes, lambda recipe, method: 10 * recipe.options["rate"])
     found = panels(recipes[::-1], path)
-    assert [(panel.title, panel.metric.name) for panel in found] == [("STS-B", "spearman"), ("STS-B", "pearson")]
+    assert [(panel.title, panel.metric.name) for panel in found] == [
+        ("STS-B Spearman", "spearman"),
+        ("STS-B", "pearson"),
+    ]
     for panel in found:
         assert list(panel.curves) == ["Adam", "SAM", "FSAM"] and not panel.levels
         expected = [(10, 82), (20, 83), (50, 86), (90, 90)]
         for points in panel.curves.values():
             assert [point[:2] for point in points] == [pytest.approx(place) for place in expected]
             assert all(point.std == pytest.approx(math.sqrt(2)) for point in points)
+
+
+def test_over_rates_of_a_mixture(tmp_path):
+    """Columns that are rates alone are one curve for each method."""
+    recipes = columns("sam_language_models_figure1")
+    path = write_rows(tmp_path / "obtained.tsv", recipes, lambda recipe, method: 10 * recipe.options["rate"])
+    (panel,) = panels(recipes, path)
+    assert panel.title == recipes[0].title and list(panel.curves) == ["Adafactor", "SAM"]
+    assert [point.x for point in panel.curves["SAM"]] == [2, 5, 10, 20, 40, 80]
 
 
 def test_over_a_flag_of_the_methods(tmp_path):
