@@ -161,6 +161,8 @@ SECTION = r"(?:\d|[A-C])(?:\.\d)*"
 def passage(file: str, name: str) -> str | None:
     """Text of a section up to the next heading, or of a table or figure with its caption; None if there is none.
 
+    Where a section says that settings are listed in tables, these are part of it.
+
     Args:
         file: the paper's text.
         name: such as ``4.2``, ``C.2.1``, ``Table 10`` or ``Figure 2``.
@@ -174,7 +176,10 @@ def passage(file: str, name: str) -> str | None:
     for number, heading in headings.items():
         if heading == name:
             end = min((other for other in headings if other > number), default=len(lines))
-            return "\n".join(lines[number:end])
+            text = "\n".join(lines[number:end])
+            listed = re.search(r"listed in (.*?)\.\s", text)
+            tables = re.findall(r"\d+", listed[1]) if listed else []
+            return "\n".join([text, *(passage(file, f"Table {each}") or "" for each in tables)])
     # Where the text has lost a heading, those of its parts are there.
     return "" if any(heading.startswith(f"{name}.") for heading in headings.values()) else None
 
