@@ -7,6 +7,7 @@ checkpoint and split has scores of its own.
 import json
 import math
 import random
+import shutil
 from itertools import pairwise, product
 from types import SimpleNamespace
 
@@ -357,16 +358,18 @@ def texts(sequences):
     return texts_of(sequences)
 
 
-def with_data(found, folder, **files):
+def with_files(found, folder, files):
     """A folder with the same data and other files beside it."""
-    for name in ("data-bin", "model"):
+    for name in ("data-bin", "model", "text"):
         (folder / name).symlink_to(found.folder / name)
     for name, lines in files.items():
-        path = folder / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = folder / name
+        if path.parent.is_symlink():  # of which the others are kept
+            shutil.copytree(path.parent.resolve(), folder / "own", dirs_exist_ok=True)
+            path.parent.unlink()
+            (folder / "own").rename(path.parent)
+        path.parent.mkdir(exist_ok=True)
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    if not (folder / "text").exists():
-        (folder / "text").symlink_to(found.folder / "text")
     return folder
 
 
@@ -389,7 +392,7 @@ def test_summaries_are_of_the_best_checkpoint_and_the_test_set(sequences, texts)
 def test_corrections_are_of_the_best_checkpoint_and_the_test_set(sequences, texts, tmp_path):
     """The annotators have written what the best checkpoint writes for the test set: no other text is as good."""
     right = texts[BEST, "test"]
-    data = with_data(sequences, tmp_path, references__0=right, references__1=right)
+    data = with_files(sequences, tmp_path, {"references/0": right, "references/1": right})
     settings = settings_of(data, evaluation=DECODING)
     assert evaluations.correction(sequences.models.run, settings, CPU) == {"gleu": pytest.approx(100)}
     blocks = []
@@ -413,7 +416,7 @@ def test_mixtures_are_of_the_best_checkpoint_and_the_validation_set(sequences, t
     }
     own = expected.pop((BEST, "valid"))
     assert min(own) > 0 and own not in expected.values()
-    data = with_data(sequences, tmp_path, **{"parts.json": [json.dumps(parts)]})
+    data = with_files(sequences, tmp_path, {"parts.json": [json.dumps(parts)]})
     settings = settings_of(data, evaluation={"beam": 1, "max-len-b": 1})
     found = evaluations.mixture(sequences.models.run, settings, CPU)
     assert found == pytest.approx({"rte_accuracy": own[0], "qnli_accuracy": own[1], "average": sum(own) / 2})
@@ -431,26 +434,18 @@ def test_translations_are_of_as_many_averaged_checkpoints(sequences, tmp_path, c
     assert len({tuple(each) for each in lines.values()}) == len(lines)
     own = lines[count]
     references = [line.replace("▁not_entailment", "▁acceptable") if n % 3 == 0 else line for n, line in enumerate(own)]
-    data = with_data(sequences, tmp_path, text__test_target=[])
-    (data / "text" / "test_target").rename(data / "text" / "test.target")
-    (data / "text" / "test.target").write_text("".join(f"{line}\n" for line in references))
+    data = with_files(sequences, tmp_path, {"text/test.target": references})
     settings = settings_of(data, evaluation={"average": count, "target": "target", "beam": 2})
-    found = evaluations.translation(
-        sequences.models.run, settings, [*CPU, *f"--min-len {SHORTEST} --max-len-b {LONGEST}".split()]
-    )
+    flags = [*CPU, "--min-len", str(SHORTEST), "--max-len-b", str(LONGEST)]
+    found = evaluations.translation(sequences.models.run, settings, flags)
     plain = MosesDetokenizer(lang="en")
     hypotheses, wanted = ([plain.detokenize(line.split()) for line in each] for each in (own, references))
-    expected = {
-        "bleu": corpus_bleu(hypotheses, [wanted]).score,
-        "bleu_tokenised": corpus_bleu(own, [references], tokenize="none", force=True).score,
-    }
+    by_tokens = {n: corpus_bleu(each, [references], tokenize="none", force=True).score for n, each in lines.items()}
+    expected = {"bleu": corpus_bleu(hypotheses, [wanted]).score, "bleu_tokenised": by_tokens.pop(count)}
     assert found == pytest.approx(expected) and found["bleu"] > 10
     for name, text in (("hypotheses.txt", hypotheses), ("references.txt", wanted)):
         assert (sequences.models.run / name).read_text().splitlines() == text
-    others = [
-        corpus_bleu(each, [references], tokenize="none", force=True).score for n, each in lines.items() if n != count
-    ]
-    assert max(others) < found["bleu_tokenised"] - 5
+    assert max(by_tokens.values()) < found["bleu_tokenised"] - 5
 
 
 # -- denoising ---------------------------------------------------------------------------------------------------------
