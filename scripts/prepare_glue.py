@@ -87,8 +87,17 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     for split, part in written.items():
         show(split, part)
-    flags = glue.training_flags(task, separator=2 if args.bpe else None)
+    flags = glue.training_flags(task, separator=2 if args.bpe or _is_roberta(args.tokenizer_file) else None)
     print(f"ready: fairseq-train {args.out} --user-dir {ROOT / 'fairseq_sam'} {' '.join(flags)}")
+
+
+def _is_roberta(tokenizer_file: str | None) -> bool:
+    """Whether a tokenizer has RoBERTa's special tokens, of which it puts two between texts."""
+    if tokenizer_file is None:
+        return False
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(tokenizer_file)).token_to_id("</s>") is not None
 
 
 if __name__ == "__main__":

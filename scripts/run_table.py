@@ -4,15 +4,18 @@
     run_table.py ga_sam_table1_imdb --size mini
     run_table.py ga_sam_table1_imdb --size mini --methods SAM GA-SAM --seeds 1 2 --jobs 2 --cpu
 
-Started again, it goes on where it stopped: finished runs are kept, others continue from their last checkpoint. A model
+Started again, it goes on where it stopped: prepared data and finished runs are kept, others continue from their last
+checkpoint. A model
 that the recipe needs, such as bart_small, is trained first, unless ``--set model=FOLDER`` names another. With several
 GPUs there is a job on each at a time; ``--jobs`` says otherwise.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -39,7 +42,13 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options other than the recipe's")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and leave")
     args = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
     try:
+        if args.jobs is not None and args.jobs < 1:
+            raise RunError(f"--jobs must be an integer >= 1, got {args.jobs}")
+        if args.out.exists() and not args.out.is_dir():
+            raise RunError(f"--out must be a folder, got {args.out}, which is a file")
         changed = changed_options(args.set)
         columns = args.columns or column_names(args.recipe, args.size)
         recipes = [read_recipe(args.recipe, args.size, column, changed) for column in columns]
@@ -51,6 +60,11 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None
+
+
+def stop(number: int, frame: Any) -> NoReturn:
+    """Stop as after Ctrl-C, with all runs."""
+    raise KeyboardInterrupt
 
 
 def changed_options(words: Sequence[str]) -> dict[str, str]:

@@ -9,6 +9,8 @@ from fairseq.models import BaseFairseqModel, register_model
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fairseq_sam.adapter.errors import ConfigurationError
+
 WIDTHS = "3,4,5"
 
 
@@ -44,7 +46,7 @@ class TextCNN(BaseFairseqModel):
     ) -> None:
         super().__init__()
         if not widths or min(widths) < 1:
-            raise ValueError(f"filter_widths (--filter-widths) must be numbers >= 1 with commas, got {widths}")
+            raise ConfigurationError(f"filter_widths (--filter-widths) must be numbers >= 1 with commas, got {widths}")
         self.padding = padding
         self.num_features = len(widths) * num_filters
         self.embed = nn.Embedding(num_words, embed_dim, padding_idx=padding)
@@ -58,7 +60,12 @@ class TextCNN(BaseFairseqModel):
     def build_model(cls, cfg: Any, task: Any) -> "TextCNN":
         """Build the model that a configuration describes."""
         words = task.source_dictionary
-        widths = [int(width) for width in str(cfg.filter_widths).split(",") if width.strip()]
+        given = [width.strip() for width in str(cfg.filter_widths).split(",") if width.strip()]
+        if not all(width.isdecimal() for width in given):
+            raise ConfigurationError(
+                f"filter_widths (--filter-widths) must be numbers >= 1 with commas, got {cfg.filter_widths!r}"
+            )
+        widths = [int(width) for width in given]
         return cls(len(words), words.pad(), cfg.embed_dim, widths, cfg.num_filters, cfg.dropout)
 
     def register_classification_head(self, name: str, num_classes: int | None = None, **_: Any) -> None:

@@ -53,7 +53,7 @@ def perplexity(run: Path, settings: dict[str, Any], device: list[str]) -> Scores
             "eval_lm", data / "data-bin", "--path", run / "checkpoint_best.pt", "--gen-subset", split,
             "--batch-size", 8, "--tokens-per-sample", settings["evaluation"]["length"], *ALL_INSTANCES, *device,
         )  # fmt: skip
-        scores[split] = float(_found(r"Perplexity: ([\d.]+)", output))
+        scores[split] = float(_found(r"Perplexity: ([\d.]+|inf|nan)", output))
         lines = (data / "text" / split).read_text(encoding="utf-8").splitlines()
         wanted, found = sum(len(line.split()) + 1 for line in lines), _found(r"Evaluated ([\d,]+) tokens", output)
         if int(found.replace(",", "")) != wanted:
@@ -132,7 +132,7 @@ def denoising(run: Path, settings: dict[str, Any], device: list[str]) -> Scores:
         "validate", data / "data-bin", "--path", checkpoint, "--valid-subset", "valid,test", "--task", "denoising",
         "--max-tokens", settings["flags"]["max-tokens"], "--log-format", "json", *ALL_INSTANCES, *device,
     )  # fmt: skip
-    scores = {split: float(_found(rf'"{split}_loss": "([\d.]+)"', output)) for split in ("valid", "test")}
+    scores = {split: float(_found(rf'"{split}_loss": "([\d.]+|inf|nan)"', output)) for split in ("valid", "test")}
     shutil.rmtree(run / MODEL, ignore_errors=True)
     shutil.copytree(data / MODEL, run / MODEL)
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)

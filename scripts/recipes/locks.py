@@ -7,13 +7,16 @@ from pathlib import Path
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[int]:
     """Wait until no other process holds the lock, and hold it; it is released when a process ends, however it does.
 
     Args:
         path: a file for the lock, which is made and stays.
+
+    Yields:
+        The file's descriptor; a child that inherits it holds the lock too, for as long as it lives.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file.fileno()

@@ -133,7 +133,7 @@ def _key(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[key] for key in KEY)
 
 
-def _written_alone(table: Path) -> AbstractContextManager[None]:
+def _written_alone(table: Path) -> AbstractContextManager[int]:
     """Keep other processes from the table; the lock lies elsewhere, since a table may be in a recipe's folder."""
     name = hashlib.sha256(str(table.resolve()).encode()).hexdigest()[:16]
     return locked(Path(tempfile.gettempdir()) / f"fairseq_sam-{os.getuid()}-{name}.lock")

@@ -153,7 +153,10 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
     columns = _columns(place, content, size)
     column = column or next(iter(columns))
     if column not in columns:
-        raise RecipeError(f"{place / FILE}: --columns must be among {', '.join(columns)}, got {column!r}")
+        allowed = (
+            f"must be among {', '.join(columns)}" if any(columns) else "must be left out, the table has one column"
+        )
+        raise RecipeError(f"{place / FILE}: --columns {allowed}, got {column!r}")
     key, rate = columns[column]
     # What counts more comes later: a size's own column over the column, that over the size, that over all.
     at_size = content["sizes"][size] or {}
@@ -162,9 +165,9 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
     known = {name for layer in (*layers, {"options": at_rate}) for name in layer.get("options") or {}}
     unknown = sorted(set(changed or {}) - known)
     if unknown:
-        raise RecipeError(f"{place / FILE} has no option {unknown[0]!r} (--set)")
-    for layer, allowed in zip(layers[1:], (SIZE_KEYS, COLUMN_KEYS, COLUMN_KEYS), strict=True):
-        _check_layer(place, layer, allowed, content["methods"])
+        raise RecipeError(f"{place / FILE} has no option {unknown[0]!r} (--set); it has {', '.join(sorted(known))}")
+    for layer, keys in zip(layers[1:], (SIZE_KEYS, COLUMN_KEYS, COLUMN_KEYS), strict=True):
+        _check_layer(place, layer, keys, content["methods"])
 
     def merged(key: str) -> dict[str, Any]:
         return {name: value for layer in layers for name, value in (layer.get(key) or {}).items()}
@@ -272,7 +275,12 @@ def _found(folder: str | Path) -> Path:
 
 
 def _content(place: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.load((place / FILE).read_text(encoding="utf-8"), Loader=LOADER)
+    try:
+        content = yaml.load((place / FILE).read_text(encoding="utf-8"), Loader=LOADER)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{place / FILE} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{place / FILE} must hold keys and values, got {type(content).__name__}")
     unknown = sorted(set(content) - KEYS)
     if unknown:
         raise RecipeError(f"{place / FILE} has {unknown[0]!r}; the keys are {', '.join(sorted(KEYS))}")

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import re
 import shlex
 import shutil
 import subprocess
@@ -123,6 +124,13 @@ def visible_device(number: int) -> str:
     return own[number] if own else str(number)
 
 
+def last_words(output: Path) -> str:
+    """The last line of a command's output that says what went wrong, else the last one."""
+    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    errors = [line for line in lines[-30:] if re.search(r"error", line, re.I) and not line.startswith("INFO")]
+    return (errors or lines or [""])[-1]
+
+
 def _starts(jobs: Sequence[Job]) -> list[Job]:
     """The runs that unfinished jobs begin with, each once."""
     starts = [job.start for job in jobs if job.scores is None]
@@ -213,35 +221,36 @@ class _Runs:
         device = self._devices.get()
         try:
             job.run.mkdir(parents=True, exist_ok=True)
-            with locked(job.run / "run.lock"):
+            with locked(job.run / "run.lock") as lock:
                 if job.scores is None:  # else another process has just done it
-                    self._do(job, device)
+                    self._do(job, device, lock)
         finally:
             self._devices.put(device)
 
-    def _do(self, job: Job, device: int | None) -> None:
+    def _do(self, job: Job, device: int | None, lock: int) -> None:
         job.write_settings()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(self._threads)}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = visible_device(device)
         for command in job.commands():
-            self._call(job, command, environment)
+            self._call(job, command, environment, lock)
         if job.until is not None:
             (job.run / SCORES).write_text("{}\n", encoding="utf-8")
 
-    def _call(self, job: Job, command: list[str], environment: dict[str, str]) -> None:
+    def _call(self, job: Job, command: list[str], environment: dict[str, str], lock: int) -> None:
         with (job.run / OUTPUT).open("ab") as output:
             with self._lock:
                 if self._stopped:
                     raise RunError("stopped")
-                process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT)
+                process = subprocess.Popen(
+                    command, stdout=output, stderr=output, env=environment, cwd=ROOT, pass_fds=(lock,)
+                )
                 self._running[job] = process
             status = process.wait()
             with self._lock:
                 self._running.pop(job, None)
         if status:
-            end = (job.run / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise RunError(f"status {status}: {' '.join(end)} ({job.run / OUTPUT})")
+            raise RunError(f"status {status}: {last_words(job.run / OUTPUT)} ({job.run / OUTPUT})")
 
     def _stop(self, futures: Sequence[Future[None]]) -> None:
         for future in futures:

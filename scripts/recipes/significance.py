@@ -27,6 +27,8 @@ def paired_t_test(first: Sequence[float], second: Sequence[float]) -> float:
     if len(first) < 2:
         return math.nan
     differences = [a - b for a, b in zip(first, second, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        return math.nan
     if not any(differences):
         return 1.0
     if max(differences) - min(differences) <= 1e-9 * max(map(abs, differences)):

@@ -191,7 +191,9 @@ class SentenceEncoder:
             raise ConfigurationError(f"--pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         self.dictionary = Dictionary.load(str(dictionary or _dictionary_of(checkpoint, cfg)))
         positions = len(state["model"][POSITIONS]) - FIRST_POSITION
-        self.max_length = min(max_length or positions, positions)
+        if max_length is not None and max_length < 3:
+            raise ConfigurationError(f"--max-length must be an integer >= 3, got {max_length}: two tokens are special")
+        self.max_length = min(positions if max_length is None else max_length, positions)
         own = SentenceEmbeddingConfig(data="", init_token=0, max_sentence_length=positions, seed=1)
         model = SentenceEmbeddingTask(own, self.dictionary).build_model(cfg.model, from_checkpoint=True)
         model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.recipes.obtained import read_rows
-from scripts.recipes.recipe import Metric, Recipe
+from scripts.recipes.recipe import Metric, Recipe, RecipeError
 from scripts.recipes.significance import paired_t_test
 
 HEAD = ["method", "ours", "difference", "p", "seeds", "passes", "time", "paper", "paper's difference"]
@@ -44,7 +44,10 @@ class Row:
     @property
     def std(self) -> float:
         """Standard deviation over seeds (n - 1); NaN for one seed."""
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
+        numbers = list(self.values.values())
+        if not all(map(math.isfinite, numbers)):
+            return math.nan
+        return statistics.stdev(numbers) if len(numbers) > 1 else math.nan
 
 
 def read_expected(path: Path, column: str = "") -> dict[str, tuple[float, float]]:
@@ -69,7 +72,7 @@ def table_rows(recipe: Recipe, obtained: Path, expected: Path) -> list[Row]:
     runs = [row for row in read_rows(obtained) if wanted.items() <= row.items()]
     paper = read_expected(expected, recipe.column)
     values = {
-        method: {int(row["seed"]): float(row["value"]) for row in runs if row["method"] == method}
+        method: {int(row["seed"]): _score(row["value"], obtained) for row in runs if row["method"] == method}
         for method in (*recipe.methods, *(method for method in paper if method not in recipe.methods))
     }
     rows = []
@@ -127,7 +130,7 @@ def cells(rows: Sequence[Row], metric: Metric) -> list[list[str]]:
         better = "" if is_base or math.isnan(row.mean - base.mean) else _mark(sign * (row.mean - base.mean))
         table.append([
             row.method,
-            _with_spread(row.mean, row.std, metric.digits),
+            _obtained(row, metric.digits),
             "" if is_base else _signed(row.mean - base.mean, metric.digits) + better,
             _probability(row.p_value),
             str(len(row.values)),
@@ -160,6 +163,13 @@ def tsv(table: Sequence[Sequence[str]]) -> str:
 FORMATS = {"markdown": markdown, "latex": latex, "tsv": tsv}
 
 
+def _score(text: str, path: Path) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(f"{path} has the value {text!r}, which is no number") from None
+
+
 def _p_value(rows: Sequence[dict[str, str]], scores: dict[int, float], base: dict[int, float]) -> float:
     """Of the bootstrap, the largest over seeds; else of a paired t-test over the seeds that both have."""
     given = [float(row["p_value"]) for row in rows if row["p_value"]]
@@ -178,7 +188,14 @@ def _mark(gain: float) -> str:
 
 
 def _number(value: float, digits: int) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}f}"
+    return "" if math.isnan(value) else f"{value:.{digits}f}" if math.isfinite(value) else "∞"
+
+
+def _obtained(row: Row, digits: int) -> str:
+    """The scores of a method; where runs have none, such as a correlation of constants, how many they are."""
+    lost = sum(not math.isfinite(value) for value in row.values.values())
+    text = _with_spread(row.mean, row.std, digits)
+    return f"{text} ({lost} of {len(row.values)} diverged)".strip() if lost else text
 
 
 def _probability(value: float) -> str:
@@ -216,5 +233,6 @@ def _escaped(cell: str) -> str:
 _LATEX = {
     "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
     "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+    "ρ": r"$\rho$", "×": r"$\times$",
     "‖": r"$\Vert$", "√": r"$\surd$", "ε": r"$\epsilon$", "δ": r"$\delta$", "∞": r"$\infty$", "<": r"$<$",
 }  # fmt: skip

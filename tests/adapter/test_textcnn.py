@@ -5,7 +5,7 @@ import torch
 from fairseq.data import Dictionary
 
 import fairseq_sam.models.textcnn  # noqa: F401
-from fairseq_sam.models.textcnn import TextCNN
+from fairseq_sam.models.textcnn import TextCNN, TextCNNConfig
 from tests.adapter import runs
 
 FLAGS = [
@@ -67,6 +67,9 @@ def test_features_without_a_head_and_the_paper_s_sizes():
 def test_bad_widths():
     with pytest.raises(ValueError, match=r"--filter-widths.*>= 1.*got \[0, 3\]"):
         small((0, 3))
+    config = TextCNNConfig(filter_widths="3,a")
+    with pytest.raises(ValueError, match=r"--filter-widths.*>= 1.*got '3,a'"):
+        TextCNN.build_model(config, type("Task", (), {"source_dictionary": Dictionary()}))
 
 
 @pytest.mark.parametrize("flags", [["--optimizer", "adam"], ["--optimizer", "ga_sam", "--sam-epsilon", "1e-3"],

@@ -1,7 +1,10 @@
 """What jobs share: prepared data, GPUs, files that several processes write."""
 
 import math
+import re
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 from dataclasses import replace
@@ -118,7 +121,7 @@ def test_one_process_at_a_time(tmp_path):
 def test_a_run_that_another_process_has_just_done_is_not_done_again(recipe, tmp_path, monkeypatch):
     job = Job(recipe, "Baseline", 1, tmp_path, cpu=True)
     commands = []
-    monkeypatch.setattr(runner._Runs, "_call", lambda self, job, command, environment: commands.append(command))
+    monkeypatch.setattr(runner._Runs, "_call", lambda self, job, command, *others: commands.append(command))
     runs = runner._Runs([job], 1, 0, [])
     with locked(job.run / "run.lock"):
         thread = threading.Thread(target=runs._run_job, args=[job])
@@ -130,8 +133,74 @@ def test_a_run_that_another_process_has_just_done_is_not_done_again(recipe, tmp_
     assert not commands and job.scores == {"accuracy": 80.0}
 
 
+def test_a_child_that_outlives_its_parent_keeps_the_lock(tmp_path):
+    """What kill -9 leaves: the next process waits for the training that goes on, and does not start a second one."""
+    lock = tmp_path / "lock"
+    parent = textwrap.dedent(f"""
+        import os, pathlib, signal, subprocess, sys
+        from scripts.recipes.locks import locked
+        with locked(pathlib.Path({str(lock)!r})) as descriptor:
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"], pass_fds=(descriptor,))
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    done = subprocess.run([sys.executable, "-c", parent], cwd=ROOT)
+    begin = time.monotonic()
+    with locked(lock):
+        waited = time.monotonic() - begin
+    assert done.returncode == -9 and waited > 0.5
+
+
+def test_a_term_signal_stops_the_runs(tmp_path):
+    """The command ends with its training, and says how to go on."""
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "prepare.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    (slow / "recipe.yaml").write_text(
+        f"extends: {ROOT / 'examples' / 'ga_sam_table1_imdb'}\nprepare: prepare.py\noptions: {{}}\n"
+    )
+    command = [sys.executable, ROOT / "scripts" / "run_table.py", slow, "--data", tmp_path, "--out", tmp_path / "out"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while "here" not in process.stdout.readline():
+            assert process.poll() is None
+        process.terminate()
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 1 and "the same command goes on from here" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--jobs", "0"], "--jobs must be an integer >= 1, got 0"),
+        (["--out", "file"], "--out must be a folder, got file, which is a file"),
+        (["--set", "num_train"], "--set takes NAME=VALUE, got 'num_train'"),
+        (["--set", "words=1"], r"has no option 'words' \(--set\); it has length, num_test, num_train"),
+        (["--columns", "MRPC"], "--columns must be left out, the table has one column, got 'MRPC'"),
+        (["--methods", "SGD"], "--methods must be among Baseline, SAM"),
+    ],
+)
+def test_bad_command_lines(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    done = in_process.run([sys.executable, ROOT / "scripts" / "run_table.py", "ga_sam_table1_imdb", *words])
+    assert done.returncode == 1 and re.search(message, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "title: [", "- a\n- b\n"])
+def test_a_recipe_that_is_none(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"recipe.yaml (is no YAML|must hold keys and values)"):
+        read_recipe(tmp_path, "mini")
+
+
+def test_what_a_failed_command_said(tmp_path):
+    (tmp_path / "output.log").write_text("INFO: loading\nValueError: no such word\nINFO: | done\n")
+    assert runner.last_words(tmp_path / "output.log") == "ValueError: no such word"
+    (tmp_path / "output.log").write_text("killed\n")
+    assert runner.last_words(tmp_path / "output.log") == "killed"
+
+
 def test_a_run_without_its_score_fails_alone(recipe, tmp_path, monkeypatch):
-    def fake(self, job, command, environment):
+    def fake(self, job, command, *others):
         (job.run / "scores.json").write_text("{}" if job.method == "SAM" else '{"accuracy": 80.0}')
 
     monkeypatch.setattr(runner._Runs, "_call", fake)

@@ -1,6 +1,5 @@
 """Recipes are read, checked, and turned into commands."""
 
-import csv
 import re
 from pathlib import Path
 
@@ -18,24 +17,10 @@ from scripts.recipes.recipe import (
     column_names,
     command_line,
     read_recipe,
-    recipe_folders,
     size_names,
 )
-from scripts.recipes.tables import AVERAGE
 from tests.adapter import runs
-
-RECIPES = [path.name for path in recipe_folders()]
-TABLES = [name for name in RECIPES if "paper" in size_names(name)]  # the others make models for them
-PAPERS = EXAMPLES.parents[1] / "shared" / "papers"
-# A paper's plot has no figures that could be written down.
-WITH_FIGURES = [name for name in TABLES if "Figure" not in read_recipe(name, "paper").paper]
-# Not settings of an experiment: what fairseq needs to know, and where we follow its own recipes.
-PLUMBING = {
-    "task", "criterion", "num-classes", "best-checkpoint-metric", "maximize-best-checkpoint-metric", "num-workers",
-    "no-epoch-checkpoints", "required-batch-size-multiple", "lr-scheduler", "sample-break-mode", "decoder-layers",
-    "decoder-out-embed-dim", "ddp-backend", "max-target-positions",
-    "init-token", "report-mcc", "report-acc-and-f1", "report-pearson-and-spearman", "regression-target", "valid-subset",
-}  # fmt: skip
+from tests.recipes.papers import RECIPES, WITH_FIGURES
 
 TEXT = """
 title: a title
@@ -216,43 +201,10 @@ def test_fairseq_takes_every_setting(name, size, tmp_path):
                 CHECKED.append(job.flags)
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_every_setting_of_the_paper_has_a_source(name):
-    recipe = read_recipe(name, "paper")
-    base = recipe.methods[recipe.baseline]
-    flags = {flag for flag in base if flag not in PLUMBING and flag != "optimizer"}
-    wanted = {*recipe.options, *recipe.evaluation, *flags}
-    assert wanted <= recipe.sources.keys(), sorted(wanted - recipe.sources.keys())
-    assert set(recipe.methods) - {recipe.baseline} <= recipe.sources.keys()
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_folder_is_complete(name):
     files = {"README.md", "recipe.yaml", "run.sh", *(["expected.tsv"] if name in WITH_FIGURES else [])}
     assert files <= {path.name for path in (EXAMPLES / name).iterdir()}
-
-
-@pytest.mark.parametrize("name", WITH_FIGURES)
-def test_the_paper_s_figures_are_the_paper_s(name):
-    """Each row of expected.tsv stands in the line of the paper that it names; plots have no figures in their text."""
-    with (EXAMPLES / name / "expected.tsv").open(newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    recipe, columns = read_recipe(name, "paper"), column_names(name, "paper")
-    if "Figure" in recipe.paper:
-        assert not rows
-        return
-    if all(row.get("column") == AVERAGE for row in rows):
-        columns = [AVERAGE]
-    wanted = {(column, method) for column in columns for method in recipe.methods}
-    assert rows and {(row.get("column", ""), row["method"]) for row in rows} >= wanted
-    assert recipe.average or not any(row.get("column") == AVERAGE for row in rows)
-    if not PAPERS.is_dir():
-        pytest.skip("the papers' texts are not beside the project")
-    for row in rows:
-        paper, _, number = row["source"].partition(":")
-        line = (PAPERS / paper).read_text(encoding="utf-8").split("\n")[int(number) - 1]
-        figures = f"{row['mean']}±{row['std']}" if row["std"] else row["mean"] or "\t-"
-        assert figures in line, f"{name}, {row['method']}: {figures} is not in {row['source']}: {line}"
 
 
 def test_there_are_recipes():

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
+from scripts.make_table import table as table_of
 from scripts.recipes.obtained import COLUMNS
-from scripts.recipes.recipe import EXAMPLES, ROOT, read_recipe
+from scripts.recipes.recipe import EXAMPLES, ROOT, column_names, read_recipe
 from scripts.recipes.significance import paired_t_test
 from scripts.recipes.tables import average_rows, cells, latex, markdown, table_rows, tsv
 from tests import in_process
@@ -22,7 +23,7 @@ def write_rows(path, scores, size="mini", p_values=None):
         for seed, value in enumerate(values, start=1):
             row = dict.fromkeys(COLUMNS, "") | {
                 "size": size, "method": method, "seed": str(seed), "metric": "accuracy", "value": str(value),
-                "passes": "1.5", "seconds": "300", "p_value": str((p_values or {}).get(method, "")),
+                "passes": "1.5", "seconds": "300", "p_value": str((p_values or {}).get((method, seed), "")),
             }  # fmt: skip
             lines.append("\t".join(row[column] for column in COLUMNS))
     path.write_text("\n".join(lines) + "\n")
@@ -57,9 +58,11 @@ def test_lower_can_be_better(tmp_path):
 
 def test_other_sizes_do_not_count_and_a_bootstrap_goes_first(tmp_path):
     recipe = read_recipe("ga_sam_table1_imdb", "paper")
-    path = write_rows(tmp_path / "obtained.tsv", SCORES, size="paper", p_values={"SAM": 0.25})
+    p_values = {("SAM", 1): 0.04, ("SAM", 2): 0.25, ("SAM", 3): 0.01}
+    path = write_rows(tmp_path / "obtained.tsv", SCORES, size="paper", p_values=p_values)
     rows = {row.method: row for row in table_rows(recipe, path, tmp_path / "none.tsv")}
-    assert rows["SAM"].p_value == 0.25 and rows["SAM"].values == {1: 81.0, 2: 82.5, 3: 81.25}
+    assert rows["SAM"].p_value == 0.25, "the largest over seeds"
+    assert rows["SAM"].values == {1: 81.0, 2: 82.5, 3: 81.25}
     mini = table_rows(read_recipe("ga_sam_table1_imdb", "mini"), path, tmp_path / "none.tsv")
     assert all(not row.values and math.isnan(row.mean) for row in mini)
 
@@ -104,9 +107,14 @@ def test_averages_over_columns(tmp_path):
 def test_the_command_shows_the_average(tmp_path):
     """After the columns, with the number of those that it is of."""
     command = [sys.executable, ROOT / "scripts" / "make_table.py", "fsam_table4_bert_base"]
-    command += ["--obtained", tmp_path / "none.tsv"]
     for size, title in (("mini", "average of the 3 above, the paper's of its 6"), ("paper", "average of the 6 above")):
-        done = in_process.run([*command, "--size", size])
+        (column, *_) = column_names("fsam_table4_bert_base", size)
+        metric = read_recipe("fsam_table4_bert_base", size, column).metric.name
+        obtained = write_rows(tmp_path / f"{size}.tsv", {"Fi = 100": [80.0]}, size)
+        head, row = obtained.read_text().splitlines()
+        values = dict(zip(COLUMNS, row.split("\t"), strict=True)) | {"column": column, "metric": metric}
+        obtained.write_text(f"{head}\n" + "\t".join(values.values()) + "\n")
+        done = in_process.run([*command, "--size", size, "--obtained", obtained])
         assert done.returncode == 0 and f"BERT-base, {title} (`--size {size}`)" in done.stdout
         assert "| Fi = 10 |  |  |  | 0 |  |  | 83.90 | -0.40 |" in done.stdout.split("average of")[1]
 
@@ -148,3 +156,33 @@ def test_the_readmes_have_the_tables_of_the_runs():
             assert readme.read_text() == before, f"{readme}: run scripts/make_table.py --readme"
         finally:
             readme.write_text(before)
+
+
+def test_runs_without_a_score(tmp_path):
+    """A run that diverged is in the table; the others' figures are what they are."""
+    scores = {"Baseline": [80.0, 81.0, 80.5], "SAM": [81.0, math.nan, 81.25], "GA-SAM": [math.inf, 82.0, 83.0]}
+    recipe = read_recipe("ga_sam_table1_imdb", "mini")
+    obtained = write_rows(tmp_path / "obtained.tsv", scores)
+    rows = {row.method: row for row in table_rows(recipe, obtained, recipe.folder / "expected.tsv")}
+    assert math.isnan(rows["SAM"].mean) and math.isnan(rows["SAM"].p_value) and math.isnan(rows["SAM"].std)
+    text = markdown(cells(list(rows.values()), recipe.metric))
+    assert "| SAM | (1 of 3 diverged) |" in text and "∞ (1 of 3 diverged)" in text
+
+
+def test_files_that_are_no_runs(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "make_table.py", "ga_sam_table1_imdb", "--obtained"]
+    obtained = write_rows(tmp_path / "obtained.tsv", {"Baseline": ["many"]})
+    for path, words in (
+        (tmp_path, "must be a file of runs"),
+        (tmp_path / "none.tsv", "must be a file of runs"),
+        (obtained, "has the value 'many', which is no number"),
+        (write_rows(tmp_path / "paper.tsv", SCORES, size="paper"), "has no runs of ga_sam_table1_imdb at --size mini"),
+    ):
+        done = in_process.run([*command, path])
+        assert done.returncode == 1 and words in done.stderr
+
+
+def test_columns_have_their_names_in_every_format():
+    for form, mark in (("tsv", "# "), ("latex", "% "), ("markdown", "")):
+        text = table_of("fsam_table1_bert_large", "mini", form)
+        assert all(f"{mark}FSAM, Table 1: GLUE and SuperGLUE, BERT-large, {name} (" in text for name in ("RTE", "WiC"))
