@@ -138,6 +138,17 @@ class Trained:
         """
         return Objective(self.model, batches, self.loss_sum, exclude=exclude)
 
+    def save(self, path: Path) -> Path:
+        """Write a checkpoint of the model as it is now, without the optimizer's state.
+
+        Args:
+            path: the file, which is returned.
+        """
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(self.path))
+        model = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        checkpoint_utils.torch_persistent_save({**state, "model": model, "last_optimizer_state": None}, str(path))
+        return path
+
     def scores(self, batches: Sequence[Any]) -> dict[str, float]:
         """Return what fairseq's validation reports of the model as it is: loss, perplexity, accuracy, BLEU.
 

@@ -97,11 +97,34 @@ class Job:
         words = [sys.executable, "-m", "scripts.recipes.evaluations", str(self.run)]
         return [*words, *(["--cpu"] if self.cpu else [])]
 
+    def measurements(self) -> list[list[str]]:
+        """The commands that measure what else the table shows of the run, each with its own file of scores."""
+        words = [sys.executable, "-m", "scripts.recipes.measures", str(self.run)]
+        device = ["--cpu"] if self.cpu else []
+        return [
+            [*words, name, json.dumps(settings, sort_keys=True), str(self._measured(name)), *device]
+            for name, settings in self.recipe.measures.items()
+            if not self._measured(name).exists()
+        ]
+
+    def _measured(self, name: str) -> Path:
+        """What a measure has found, in a file that is named after its settings."""
+        settings = json.dumps(self.recipe.measures[name], sort_keys=True)
+        return self.run / f"{name}-{_digest(settings)}.json"
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the run has been trained and scored; measures may be missing."""
+        return (self.run / SCORES).exists()
+
     def commands(self) -> list[list[str]]:
-        """All commands of the job, in their order."""
+        """The commands that are left of the job, in their order."""
+        if self.until is not None:
+            return [self.training()]
         begin = [sys.executable, "-m", "scripts.recipes.start"]
         first = [[*begin, str(self.start.run), str(self.run), str(self.flags["optimizer"])]] if self.start else []
-        return [*first, self.training(), *([self.evaluation()] if self.until is None else [])]
+        whole = [] if self.is_scored else [*first, self.training(), self.evaluation()]
+        return [*whole, *self.measurements()]
 
     def write_settings(self) -> None:
         """Write down what the evaluation needs to know."""
@@ -115,9 +138,11 @@ class Job:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """What the evaluation found; None before."""
-        path = self.run / SCORES
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """What evaluation and measures found; None before all are done."""
+        paths = [self.run / SCORES, *([] if self.until is not None else map(self._measured, self.recipe.measures))]
+        if not all(path.exists() for path in paths):
+            return None
+        return {name: value for path in paths for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def needed_jobs(recipe: Recipe, out: Path) -> dict[str, Job]:
@@ -181,6 +206,8 @@ def training_summary(run: Path) -> dict[str, float]:
 def progress_of(run: Path, flags: Flags) -> tuple[float, str]:
     """How far a run is, from 0 to 1, and what to show of it."""
     lines = [line for line in log_lines(run) if "epoch" in line]
+    if (run / SCORES).exists():
+        return 1.0, "trained and scored, now measuring"
     if not lines:
         return 0.0, "starting"
     last = lines[-1]

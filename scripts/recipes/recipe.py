@@ -12,20 +12,22 @@ recipe has methods or columns of its own.
 ``metric``      the score that the table shows: ``name``, ``better`` (higher or lower), ``unit``, ``digits``
 ``options``     what the preparation needs to know, by name
 ``evaluation``  what the evaluation needs to know, by name
+``measures``    what is measured of the runs besides: by name in ``measures.MEASURES``, its settings; the run is the
+                same as that of a table without measures
 ``flags``       fairseq-train's flags of all methods, without dashes; ``true`` for a flag without a value; ``{data}``
                 stands for the folder of the prepared data
 ``flags_of``    ``glue``: the flags that the task in ``options`` needs come first; a name in ``FLAGS_OF``
 ``methods``     by name of the table's row, the flags of the method; the first is the baseline
 ``columns``     by name of the table's column (a task, a sampling rate), what differs: ``options``, ``evaluation``,
-                ``flags``, ``methods``, ``metric``; without it there is one column
+                ``measures``, ``flags``, ``methods``, ``metric``; without it there is one column
 ``rates``       shares of the training split: each column is there with each of them as the option ``rate``
 ``average``     ``true``: the table has the averages over its columns too
 ``seeds``       seeds of the runs
 ``shared_start``  ``true``: the epochs before ``sam-start-epoch`` are run once for all methods of a seed
-``sizes``       ``mini`` and ``paper``: ``options``, ``evaluation``, ``flags``, ``methods`` (flags by method),
-                ``rates`` and ``seeds`` that differ, ``columns``: those that the size has, default all, with what
-                differs, and ``needs``: by name of an option, the folder of the recipe whose model it names, which is
-                trained first
+``sizes``       ``mini`` and ``paper``: ``options``, ``evaluation``, ``measures``, ``flags``, ``methods`` (flags by
+                method), ``rates`` and ``seeds`` that differ, ``columns``: those that the size has, default all, with
+                what differs, and ``needs``: by name of an option, the folder of the recipe whose model it names,
+                which is trained first
 ``sources``     where a setting is from, by flag, option or method
 ==============  ====================================================================================================
 """
@@ -42,10 +44,10 @@ EXAMPLES = ROOT / "examples"
 FILE = "recipe.yaml"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast, where it was built
 KEYS = {
-    "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "evaluation", "flags", "flags_of",
-    "methods", "columns", "rates", "average", "seeds", "shared_start", "sizes", "sources",
+    "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "evaluation", "measures", "flags",
+    "flags_of", "methods", "columns", "rates", "average", "seeds", "shared_start", "sizes", "sources",
 }  # fmt: skip
-COLUMN_KEYS = {"options", "evaluation", "flags", "methods", "metric"}
+COLUMN_KEYS = {"options", "evaluation", "measures", "flags", "methods", "metric"}
 SIZE_KEYS = {*(COLUMN_KEYS - {"metric"}), "columns", "rates", "seeds", "needs"}
 
 Flags = dict[str, Any]
@@ -90,6 +92,7 @@ class Recipe:
         evaluate: how a run is scored.
         options: what the preparation needs to know.
         evaluation: what the evaluation needs to know.
+        measures: by name, the settings of what is measured besides.
         methods: fairseq-train's flags by method, those of all methods included.
         sources: where settings are from.
         shared_start: whether the epochs before the start epoch are run once for all methods.
@@ -111,6 +114,7 @@ class Recipe:
     methods: Mapping[str, Flags]
     seeds: Sequence[int]
     sources: Mapping[str, str] = field(default_factory=dict)
+    measures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shared_start: bool = False
     average: bool = False
     needs: Mapping[str, "Recipe"] = field(default_factory=dict)
@@ -194,6 +198,7 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
         },
         seeds=list(at_size.get("seeds") or content.get("seeds") or [1]),
         sources=content.get("sources") or {},
+        measures=merged("measures"),
         shared_start=bool(content.get("shared_start")),
         average=bool(content.get("average")),
         needs={
@@ -316,7 +321,7 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any], inherited: set[str]
     for size in (*base, *(size for size in own if size not in base)):
         first, second = base.get(size) or {}, own.get(size) or {}
         parts: dict[str, Any] = {}
-        for key in ("options", "evaluation", "flags"):
+        for key in ("options", "evaluation", "measures", "flags"):
             parts[key] = {**(first.get(key) or {}), **(second.get(key) or {})}
         for key in ("rates", "seeds", "needs"):
             parts[key] = second.get(key, first.get(key))

@@ -133,7 +133,7 @@ def last_words(output: Path) -> str:
 
 def _starts(jobs: Sequence[Job]) -> list[Job]:
     """The runs that unfinished jobs begin with, each once."""
-    starts = [job.start for job in jobs if job.scores is None]
+    starts = [job.start for job in jobs if not job.is_scored]
     return list({start.run: start for start in starts if start is not None}.values())
 
 
@@ -228,7 +228,8 @@ class _Runs:
             self._devices.put(device)
 
     def _do(self, job: Job, device: int | None, lock: int) -> None:
-        job.write_settings()
+        if not job.is_scored:
+            job.write_settings()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(self._threads)}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = visible_device(device)

@@ -11,6 +11,11 @@ from scripts.recipes.scores import bleu_significance
 HYPOTHESES, REFERENCES = "hypotheses.txt", "references.txt"
 
 
+def hypotheses_name(metric: str) -> str:
+    """The file of a run's translations that a metric scores: of the model as it is, or as a measure has changed it."""
+    return HYPOTHESES if metric in ("bleu", "bleu_tokenised") else f"hypotheses {metric}.txt"
+
+
 def paired_t_test(first: Sequence[float], second: Sequence[float]) -> float:
     """Two-sided p-value of a paired t-test over seeds.
 
@@ -38,7 +43,7 @@ def paired_t_test(first: Sequence[float], second: Sequence[float]) -> float:
 
 def compare(job: Job, baseline: Job) -> float | None:
     """p-value of sacreBLEU's paired bootstrap between two runs' translations; None for other scores."""
-    paths = [run / HYPOTHESES for run in (job.run, baseline.run)]
+    paths = [run / hypotheses_name(job.recipe.metric.name) for run in (job.run, baseline.run)]
     if not all(path.exists() for path in paths):
         return None
     references = (job.run / REFERENCES).read_text(encoding="utf-8").split("\n")[:-1]

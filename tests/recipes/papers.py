@@ -125,7 +125,8 @@ def _read(table: Table) -> tuple[list[str], list[Row]]:
     start = next(n for n in range(after + 1, len(lines)) if lines[n].strip().startswith(table.head))
     heads = [line.split("\t") for line in lines[start : start + table.num_heads]]
     if table.by_words:
-        head = re.sub(r"\([^()]*\)", "", " ".join(heads[-1])).replace("Approach", "").split()
+        head = re.sub(r"\([^()]*\)", "", " ".join(heads[-1])).split()
+        head = [word for word in head if word not in ("Approach", "Corruption")]
     else:
         head = [" ".join(" ".join(cells).split()) for cells in zip_longest(*heads, fillvalue="")][1:]
     first = next(n for n in range(start + table.num_heads, len(lines)) if table.first in lines[n])
@@ -139,8 +140,10 @@ def _read(table: Table) -> tuple[list[str], list[Row]]:
 
 def _row(number: int, line: str, by_words: bool) -> Row:
     if by_words:
-        figures = re.findall(f"{FIGURE}{SPREAD}", line) or re.findall(FIGURE, line)
-        label = line.partition(figures[0])[0] if figures else line
+        radius = re.match(r".*ϵ = \S+ ", line)  # part of a row's name
+        rest = re.sub(r"\([^()]*\)", "", line[radius.end() :] if radius else line)
+        figures = re.findall(f"{FIGURE}{SPREAD}", rest) or re.findall(FIGURE, rest)
+        label = radius[0] if radius else line.partition(figures[0])[0] if figures else line
         return Row(number, label.strip(), [[each] for each in figures])
     label, *cells = line.split("\t")
     return Row(number, re.sub(CITATION, "", label).strip(), [re.findall(f"{FIGURE}|^-$", cell) for cell in cells])
