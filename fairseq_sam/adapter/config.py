@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from fairseq_sam.adapter.errors import ConfigurationError, end
 from fairseq_sam.adapter.instance_losses import check_criterion
-from fairseq_sam.adapter.optimizers import check_base, gradient_log_of, method_of, peak_learning_rate
+from fairseq_sam.adapter.optimizers import check_base, gradient_log_of, method_of, peak_learning_rate, rise_of
 from fairseq_sam.adapter.regularizers import RegularizedCriterion
 from fairseq_sam.core.method import PRESETS, TENSOR_GRANULARITIES
 
@@ -41,6 +41,7 @@ def check_config(cfg: Any) -> None:
         return
     check_base(optimizer)
     gradient_log_of(optimizer)
+    rise_of(name, optimizer)
     method = method_of(name, optimizer).with_peak(peak_learning_rate(cfg))
     criterion = getattr(cfg.criterion, "_name", cfg.criterion)
     if method.needs_losses and method.epsilon > 0 and criterion in CRITERION_REGISTRY:

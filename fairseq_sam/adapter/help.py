@@ -63,7 +63,7 @@ def show_flags_in_help() -> None:
 def _metavar(flag: Flag) -> str:
     if flag.name in CHOICES:
         return "{" + ",".join(CHOICES[flag.name]) + "}"
-    return {int: "N", float: "X", str: "VALUE"}[flag.type]
+    return {int: "N", float: "X", str: "VALUE"}.get(flag.type, "X")
 
 
 def _literal(text: str) -> str:

@@ -1,6 +1,7 @@
 """The presets as fairseq optimizers: flags, and delegation of everything to a base optimizer."""
 
 import logging
+import math
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, field, fields, make_dataclass
@@ -16,13 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from fairseq_sam._version import __version__
 from fairseq_sam.adapter.errors import CheckpointError, ConfigurationError
+from fairseq_sam.analysis.epsilon import FRACTION
 from fairseq_sam.core.memory import Memory
-from fairseq_sam.core.method import PRESETS, Method
+from fairseq_sam.core.method import PRESETS, Method, flag
 from fairseq_sam.core.signals import signals_wait
 
 logger = logging.getLogger(__name__)
 
 STATE_KEY = "sharpness_aware"  # where the method's state rides in the optimizer's state dict
+AUTO = "auto"  # as --sam-epsilon: the run finds the radius
 STATE_FORMAT = 1  # of that state; goes up when an older version could not read it
 
 
@@ -30,14 +33,20 @@ class Flag(NamedTuple):
     """A flag without its ``--sam-``."""
 
     name: str
-    type: type
+    type: Any
     help: str
 
 
 # The flags by axis. A flag that is not given keeps the preset's value.
 FLAGS_BY_AXIS: dict[str, tuple[Flag, ...]] = {
     "ball": (
-        Flag("epsilon", float, "radius of the perturbation, >= 0 (0: the base optimizer bit for bit)"),
+        Flag(
+            "epsilon",
+            Any,
+            "radius of the perturbation, >= 0 (0: the base optimizer bit for bit), or auto: the radius at which the "
+            "perturbation raises the loss by --sam-rise, measured in the first 8 updates of the start epoch",
+        ),
+        Flag("rise", float, "with epsilon auto: wanted rise of the loss, as a fraction of it, > 0 (default: 0.1)"),
         Flag("norm", str, "norm of the ball: l2, linf or a number > 1"),
         Flag("ball", str, "one ball for the whole model, or one for each group of the granularity"),
         Flag("epsilon_min", float, "radius at learning rate lr-min, in [0, epsilon]; linear between (GSAM)"),
@@ -170,7 +179,8 @@ def _base_fields(bases: Iterable[str]) -> list[tuple[str, Any, Any]]:
 
 def _config_class(bases: tuple[str, ...]) -> type:
     own: list[tuple[str, Any, Any]] = [
-        (f"sam_{name}", Optional[kind], field(default=None, metadata={"help": text})) for name, kind, text in SAM_FLAGS
+        (f"sam_{name}", kind if kind is Any else Optional[kind], field(default=None, metadata={"help": text}))
+        for name, kind, text in SAM_FLAGS
     ]
     base = ("base_optimizer", str, field(default="adam", metadata={"help": f"base optimizer: {', '.join(bases)}"}))
     return make_dataclass(
@@ -196,7 +206,45 @@ def method_of(name: str, cfg: Any) -> Method:
         ValueError: if a value is not allowed.
     """
     axes = [axis for axis, _, _ in SAM_FLAGS if axis in Method.__dataclass_fields__]
-    return Method.from_preset(name, **{axis: getattr(cfg, f"sam_{axis}", None) for axis in axes})
+    given = {axis: getattr(cfg, f"sam_{axis}", None) for axis in axes}
+    return Method.from_preset(name, **{**given, "epsilon": _radius(given["epsilon"])})
+
+
+def _radius(given: Any) -> float | None:
+    """The given radius; None for the preset's, which stands in for one that is to be found."""
+    if given is None or given == AUTO:
+        return None
+    try:
+        return float(given)
+    except (TypeError, ValueError):
+        raise ValueError(f"epsilon (--sam-epsilon) must be a number >= 0, or {AUTO}, got {given!r}") from None
+
+
+def rise_of(name: str, cfg: Any) -> float | None:
+    """Return by which fraction of the loss the radius that is searched for raises it; None where the radius is given.
+
+    Args:
+        name: the preset.
+        cfg: configuration with the ``sam_`` fields.
+
+    Raises:
+        ValueError: if the fraction is not allowed, or a flag contradicts it.
+    """
+    rise = getattr(cfg, "sam_rise", None)
+    if getattr(cfg, "sam_epsilon", None) != AUTO:
+        if rise is not None:
+            raise ValueError(f"rise (--sam-rise) {rise} is only used with --sam-epsilon {AUTO}; give both or neither")
+        return None
+    for axis in ("step_size", "epsilon_min"):
+        value = getattr(cfg, f"sam_{axis}", None)
+        if value is not None and (axis, PRESETS[name].step_rule) != ("step_size", "gradient"):
+            raise ValueError(
+                f"{flag(axis)} {value} is a length beside a radius that is not known before the run has found it; "
+                f"leave it out, or give a number for --sam-epsilon in place of {AUTO}"
+            )
+    if rise is not None and not 0 < rise < math.inf:
+        raise ValueError(f"rise (--sam-rise) must be a finite number > 0, got {rise}")
+    return FRACTION if rise is None else float(rise)
 
 
 def gradient_log_of(cfg: Any) -> int:
@@ -280,7 +328,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     def __init__(self, cfg: DictConfig, params: Any) -> None:
         super().__init__(cfg)
         check_base(cfg)
-        self.method = method_of(self.preset, cfg)
+        self._method = method_of(self.preset, cfg)
+        self.rise = rise_of(self.preset, cfg)  # None: the radius is given
         self.base: FairseqOptimizer = optim.build_optimizer(base_config(cfg), list(params))
         self.memory = Memory()
         self.gradient_log = gradient_log_of(cfg)
@@ -290,6 +339,18 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.num_ascents = 0
         self.num_skipped = 0
         self._before_update: tuple[dict[str, Any], int, int] | None = None  # until the base has updated the weights
+
+    @property
+    def method(self) -> Method:
+        """The method, with the radius that this run has found if it was to."""
+        if self.rise is None or self.memory.epsilon is None:
+            return self._method
+        return self._method.with_radius(self.memory.epsilon)
+
+    @property
+    def searches_radius(self) -> bool:
+        """Whether the radius is still to be found."""
+        return self.rise is not None and self.memory.epsilon is None
 
     @property
     def optimizer(self) -> Any:
@@ -474,6 +535,7 @@ def checked_state(state: Any) -> dict[str, Any]:
         *((key, state.get(key, ""), str) for key in ("base", "preset", "version")),
         ("component", state.get("component"), dict | None),
         ("fisher", fisher, dict),
+        ("search", state.get("search", {}), dict),
     ]
     if isinstance(fisher, dict):
         fields += [(f"fisher.{key}", fisher.get(key), dict | None) for key in ("mask", "sums")]
@@ -485,6 +547,14 @@ def checked_state(state: Any) -> dict[str, Any]:
                 f"the checkpoint's {STATE_KEY} state is not what fairseq_sam writes: {key} {problem}; take another "
                 f"checkpoint, or {remedy}"
             )
+    search = state.get("search", {})
+    radii, epsilon = search.get("radii", []), search.get("epsilon")
+    numbers = [*(radii if isinstance(radii, list) else [None]), *([] if epsilon is None else [epsilon])]
+    if not all(isinstance(number, float) and not number <= 0 and number != math.inf for number in numbers):
+        raise CheckpointError(
+            f"the checkpoint's {STATE_KEY} state is not what fairseq_sam writes: the radii of its search are "
+            f"{numbers}; take another checkpoint, or {remedy}"
+        )
     return state
 
 
@@ -494,7 +564,7 @@ def _problem(key: str, value: Any, kind: type | UnionType) -> str:
         return f"is {type(value).__name__}"
     if isinstance(value, int) and value < 0:
         return f"is {value}"
-    if isinstance(value, dict) and key != "fisher":
+    if isinstance(value, dict) and key not in ("fisher", "search"):
         tensors = list(value.values())
         if not all(torch.is_tensor(tensor) for tensor in tensors):
             return f"is {type(value).__name__} of other things than tensors"

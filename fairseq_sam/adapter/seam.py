@@ -29,9 +29,12 @@ from fairseq_sam.adapter.batches import (
 from fairseq_sam.adapter.embeddings import word_embeddings
 from fairseq_sam.adapter.errors import ConfigurationError
 from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer, peak_learning_rate, unwrap
+from fairseq_sam.adapter.radius import search
 from fairseq_sam.adapter.slicing import Slicer
 from fairseq_sam.adapter.workers import slowmo, torch_ddp, without_reduction
+from fairseq_sam.analysis.epsilon import Probe, Rises, loss_rise, probe_of, with_epsilon
 from fairseq_sam.core.descent import local
+from fairseq_sam.core.embeddings import WordEmbeddings
 from fairseq_sam.core.fisher import SquaredGradients, squared_gradients
 from fairseq_sam.core.perturbation import Measurements
 from fairseq_sam.core.space import ParameterSpace
@@ -117,6 +120,7 @@ class SharpnessAwareTrainStep:
         self._index = -1
         peak = peak_learning_rate(self._trainer.cfg)
         self._method = self._optimizer.method.with_peak(peak).at(self._trainer.get_lr())
+        self._searches = self._optimizer.searches_radius
         self._step: SharpnessAwareStep[Any] | None = None
         self._clean: Passes | None = None
         self._prepared: list[tuple[Any, bool]] | None = None
@@ -161,7 +165,9 @@ class SharpnessAwareTrainStep:
         update_num = self._call.update_num
         if self._index >= len(self._samples):  # fairseq looks for the module in which a NaN came up
             return batch.run()
-        if not self._method.is_active(self._optimizer.epoch, update_num):
+        if self._searches and self._index == 0 and self._method.is_active(self._optimizer.epoch, update_num):
+            self._search(update_num)
+        if not self._is_active():
             return self._step_between(batch, update_num)
         if self._index == 0:
             self._optimizer.memory.component = None  # that of this update is the sum over its micro-batches
@@ -171,6 +177,10 @@ class SharpnessAwareTrainStep:
         if batch.is_dummy:
             return self._reduced(self._last(batch).run())
         return self._perturb_microbatch(batch)
+
+    def _is_active(self) -> bool:
+        """Whether this update is sharpness-aware; those in which its radius is searched for are not."""
+        return not self._searches and self._method.is_active(self._optimizer.epoch, self._call.update_num)
 
     def _skip(self, error: RuntimeError) -> Pass:
         """Run a dummy batch in place of a micro-batch that did not fit into memory, so that all workers go on together.
@@ -197,9 +207,9 @@ class SharpnessAwareTrainStep:
         )
 
     def _run_again(self, batch: MicroBatch) -> Pass:
-        if self._method.is_active(self._optimizer.epoch, self._call.update_num) and self._method.scope == "update":
+        if self._is_active() and self._method.scope == "update":
             return self._share_perturbation(batch, is_retry=True)
-        if self._method.is_active(self._optimizer.epoch, self._call.update_num):
+        if self._is_active():
             return self._reduced(self._last(batch).run())
         return self._step_between(batch, self._call.update_num)
 
@@ -317,6 +327,44 @@ class SharpnessAwareTrainStep:
             self._trainer._log_oom(error)
             return squared_gradients((), self._space, unit)
 
+    def _search(self, update_num: int) -> None:
+        """Measure the radius on this update's micro-batches, those of all workers together."""
+        self._refresh_mask(update_num)
+        try:
+            search(self._optimizer.memory, self._probe(), float(self._optimizer.rise or 0.0))
+        except RuntimeError as error:
+            if self._raise_oom or not is_out_of_memory(error) or self._trainer.data_parallel_world_size == 1:
+                raise
+            raise self._lost_step(error) from error
+
+    def _probe(self) -> Probe:
+        parts = self._microbatches()
+        real = {place: part for place, part in parts.items() if not part.is_dummy}
+        shared = self._method.scope == "update"
+        batches: list[Any] = [UpdateBatch(real or parts)] if shared else list(real.values())
+
+        def ascent_gradient(gradients: Gradients, result: Any) -> tuple[Gradients, float]:
+            return self._reduced_ascent(gradients, result) if shared else (gradients, self._unit(result))
+
+        def rises(epsilon: float) -> list[Rises]:
+            return [
+                loss_rise(
+                    with_epsilon(self._method, epsilon), self._space, batch, ascent_gradient,
+                    memory=self._optimizer.memory, embeddings=self._embeddings(), summed_loss=_summed_loss,
+                )
+                for batch in batches
+            ]  # fmt: skip
+
+        return probe_of(self._space, rises, self._summed_rises)
+
+    def _summed_rises(self, rises: Rises) -> Rises:
+        """Add up what all workers have found, also those that have weights of their own."""
+        if self._trainer.data_parallel_world_size == 1:
+            return rises
+        numbers = torch.tensor(rises, device=self._space.tensors[0].device)
+        distributed_utils.all_reduce(numbers, group=self._trainer.data_parallel_process_group)
+        return Rises(*numbers.tolist())
+
     def _microbatches(self) -> dict[int, MicroBatch]:
         """All micro-batches of the update, prepared once as the trainer prepares them."""
         if self._prepared is None:
@@ -324,12 +372,15 @@ class SharpnessAwareTrainStep:
         return {place: MicroBatch(self._call, *pair) for place, pair in enumerate(self._prepared)}
 
     def _new_step(self, salt: str) -> SharpnessAwareStep[Any]:
-        embeddings = None
-        if self._method.where == "embeddings":
-            embeddings = word_embeddings(self._trainer.get_model(), self._trainer.task)
         salt = f"{salt}.{self._call.update_num}.{self._index}"
         scales_loss = _scaler(self._trainer.optimizer) is not None
-        return SharpnessAwareStep(self._method, self._space, self._optimizer.memory, embeddings, salt, scales_loss)
+        memory = self._optimizer.memory
+        return SharpnessAwareStep(self._method, self._space, memory, self._embeddings(), salt, scales_loss)
+
+    def _embeddings(self) -> WordEmbeddings | None:
+        if self._method.where != "embeddings":
+            return None
+        return word_embeddings(self._trainer.get_model(), self._trainer.task)
 
     def _is_last_microbatch(self) -> bool:
         return self._index == len(self._samples) - 1
@@ -352,10 +403,9 @@ class SharpnessAwareTrainStep:
             self._average_gradients(self._trainer.data_parallel_process_group, self._num_workers())
         for wrapper in self._slowmos():
             self._average_gradients(wrapper.local_node_group, wrapper.nprocs_per_node)
-        refreshed = self._method.is_active(self._optimizer.epoch, self._call.update_num)
         if (
             self._method.between == "reuse"
-            and refreshed
+            and self._is_active()
             and self._method.scope == "microbatch"
             and self._is_last_microbatch()
             and self._num_workers() > 1
@@ -491,6 +541,12 @@ class SharpnessAwareTrainStep:
 
     def _log_skipped(self) -> None:
         metrics.log_scalar("sam_skipped", self._optimizer.num_skipped, weight=0)
+
+
+def _summed_loss(result: Pass | Passes) -> float:
+    """Sum of the losses; 0 of a dummy."""
+    passes = list(result.results.values()) if isinstance(result, Passes) else [result]
+    return sum(_value(each.loss) for each in passes if float(each.sample_size))
 
 
 def _bits(result: Pass) -> float:

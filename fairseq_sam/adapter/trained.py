@@ -125,7 +125,7 @@ class Trained:
             [MicroBatch(call, batch) for batch in batches],
             method,
             embeddings=embeddings,
-            mean_loss=lambda result: float(result.loss) / (float(result.sample_size) * math.log(2)),
+            summed_loss=lambda result: float(result.loss) / math.log(2),
             modules={"": self.model, "criterion": criterion},
         )
 

@@ -1,9 +1,9 @@
 """A radius without a grid search: how much the loss rises against epsilon, and the epsilon of a wanted rise."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,11 +14,12 @@ from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import Method
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.step import SharpnessAwareStep, fisher_information, run_apart, split
+from fairseq_sam.core.step import AscentGradient, SharpnessAwareStep, fisher_information, run_apart, split
+from fairseq_sam.core.tensors import Gradients
 
 # From a radius to the loss at w and at the perturbed weights.
 Probe = Callable[[float], tuple[float, float]]
-MeanLoss = Callable[[Any], float]
+SummedLoss = Callable[[Any], float]
 
 FRACTION = 0.1
 LEAST, MOST = 1e-7, 100.0
@@ -134,7 +135,7 @@ def method_probe(
     method: Method,
     *,
     embeddings: WordEmbeddings | None = None,
-    mean_loss: MeanLoss = lambda result: float(result.loss),
+    summed_loss: SummedLoss = lambda result: float(result.loss) * float(result.sample_size),
     modules: Mapping[str, nn.Module] | None = None,
 ) -> Probe:
     """Return a probe that perturbs a model as a method's training step does, each batch by its own perturbation.
@@ -148,7 +149,7 @@ def method_probe(
         batches: what ``SharpnessAware.step`` takes: ``InstanceBatch``, or ``ClosureBatch`` with a mean loss.
         method: the method; its `epsilon` is replaced.
         embeddings: for methods that perturb word embeddings; default all ``nn.Embedding`` modules of the model.
-        mean_loss: from what a pass returns to the mean loss.
+        summed_loss: from what a pass returns to the sum of its losses.
         modules: the modules whose parameters are trained, by prefix of their names; default the model alone.
 
     Raises:
@@ -159,29 +160,56 @@ def method_probe(
     if method.where == "embeddings" and embeddings is None:
         embeddings = WordEmbeddings.of(model)
     space = ParameterSpace.of(modules or {"": model}, exclude=method.exclude)
-    buffers = [buffer.detach().clone() for buffer in space.buffers]
     memory = _with_mask(method, space, batches)
 
+    def ascent_gradient(gradients: Gradients, result: Any) -> tuple[Gradients, float]:
+        return gradients, 1.0 / float(result.sample_size) if method.gradient == "mean" else 1.0
+
+    def rises(epsilon: float) -> list[Rises]:
+        return [
+            loss_rise(
+                with_epsilon(method, epsilon), space, batch, ascent_gradient, memory=memory, embeddings=embeddings,
+                summed_loss=summed_loss,
+            )
+            for batch in batches
+        ]  # fmt: skip
+
+    return probe_of(space, rises)
+
+
+class Rises(NamedTuple):
+    """Summed losses of a batch at w and at the perturbed weights, and its sample size."""
+
+    loss: float
+    perturbed_loss: float
+    sample_size: float
+
+
+def probe_of(
+    space: ParameterSpace,
+    rises: Callable[[float], Iterable[Rises]],
+    reduce: Callable[[Rises], Rises] = lambda rises: rises,
+) -> Probe:
+    """Return a probe of mean losses that leaves buffers and torch's random state as they were.
+
+    Args:
+        space: the trained parameters.
+        rises: measures each batch with a radius; leaves weights and gradients as they were.
+        reduce: adds up what all workers have found.
+    """
+
     def probe(epsilon: float) -> tuple[float, float]:
+        buffers = [buffer.detach().clone() for buffer in space.buffers]
         random = RandomState(tensor.device for tensor in space.tensors)
         try:
-            rows = [
-                loss_rise(
-                    with_epsilon(method, epsilon),
-                    space,
-                    batch,
-                    memory=memory,
-                    embeddings=embeddings,
-                    mean_loss=mean_loss,
-                )
-                for batch in batches
-            ]
+            rows = list(rises(epsilon))
         finally:
             random.restore()
             for buffer, value in zip(space.buffers, buffers, strict=True):
                 buffer.data.copy_(value)
-        size = sum(size for _, _, size in rows)
-        return sum(clean * size for clean, _, size in rows) / size, sum(moved * size for _, moved, size in rows) / size
+        total = reduce(Rises(*(sum(column) for column in zip(*rows, strict=True))) if rows else Rises(0.0, 0.0, 0.0))
+        size = total.sample_size or math.nan
+        return total.loss / size, total.perturbed_loss / size
 
     return probe
 
@@ -204,23 +232,22 @@ def loss_rise(
     method: Method,
     space: ParameterSpace,
     batch: Batch[Any],
+    ascent_gradient: AscentGradient[Any],
     *,
     memory: Memory | None = None,
     embeddings: WordEmbeddings | None = None,
-    mean_loss: MeanLoss = lambda result: float(result.loss),
-) -> tuple[float, float, float]:
+    summed_loss: SummedLoss = lambda result: float(result.loss) * float(result.sample_size),
+) -> Rises:
     """Measure a batch's loss before and after the method's perturbation; weights and gradients are as before then.
 
     Args:
         method: the method, without selection of instances in its last pass.
         space: the trained parameters.
         batch: the batch.
+        ascent_gradient: see ``AscentGradient``.
         memory: holds the Fisher mask, for a method that has one.
         embeddings: the word embeddings, for a method that perturbs them.
-        mean_loss: from what a pass returns to the mean loss.
-
-    Returns:
-        The mean loss at w, that at the perturbed weights, and the sample size.
+        summed_loss: from what a pass returns to the sum of its losses.
     """
     prior = space.take_gradients()
     random = RandomState(tensor.device for tensor in space.tensors)
@@ -228,16 +255,14 @@ def loss_rise(
         clean, _, _ = run_apart(space, batch)
         random.restore()
         step: SharpnessAwareStep[Any] = SharpnessAwareStep(method, space, memory, embeddings)
-        perturbed = size = 0.0
+        perturbed = 0.0
         for part, _ in split(method, batch):
-            step.ascend(part, lambda gradients, result: (gradients, _unit(method, result)))
-            result = step.descend(part)
-            perturbed += mean_loss(result) * float(result.sample_size)
-            size += float(result.sample_size)
+            step.ascend(part, ascent_gradient)
+            perturbed += summed_loss(step.descend(part))
             space.take_gradients()
     finally:
         space.put_gradients(prior)
-    return mean_loss(clean), perturbed / size, float(clean.sample_size)
+    return Rises(summed_loss(clean), perturbed, float(clean.sample_size))
 
 
 def _with_mask(method: Method, space: ParameterSpace, batches: Sequence[Batch[Any]]) -> Memory:
@@ -249,10 +274,6 @@ def _with_mask(method: Method, space: ParameterSpace, batches: Sequence[Batch[An
             break
         memory.add_squares(method, space, fisher_information(space, batch, wanted, 1.0, str(number)))
     return memory
-
-
-def _unit(method: Method, result: Any) -> float:
-    return 1.0 / float(result.sample_size) if method.gradient == "mean" else 1.0
 
 
 def _between(below: Rise, above: Rise, fraction: float) -> float:

@@ -1,4 +1,4 @@
-"""What a method remembers from one update to the next: the Fisher mask and the reused sharpness component."""
+"""What a method remembers between updates: Fisher mask, reused sharpness component, the radius that was found."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,17 @@ class Memory:
 
     The Fisher information is collected from the instances of as many consecutive updates as `fisher_samples` needs;
     the mask is made anew after each of them. The sharpness component is the sum over the micro-batches of an update.
+
+    Attributes:
+        radii: what a search for the radius has found, in each update in which it measured; NaN where it found none.
+        epsilon: the radius that the search has ended with; None before, or without a search.
     """
 
     def __init__(self) -> None:
         self.mask: Named | None = None
         self.component: Named | None = None
+        self.radii: tuple[float, ...] = ()
+        self.epsilon: float | None = None
         self._sums: Named | None = None
         self._num_instances = 0
         self._mask_update = 0  # update in which the collection began
@@ -111,6 +117,8 @@ class Memory:
         state: dict[str, Any] = {}
         if self.component is not None:
             state["component"] = self.component
+        if self.radii:
+            state["search"] = {"radii": list(self.radii), "epsilon": self.epsilon}
         if self.mask is not None:
             state["fisher"] = {
                 "mask": self.mask,
@@ -122,7 +130,8 @@ class Memory:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned; what is missing starts anew."""
-        fisher = state.get("fisher", {})
+        fisher, search = state.get("fisher", {}), state.get("search", {})
+        self.radii, self.epsilon = tuple(search.get("radii", ())), search.get("epsilon")
         self.component = _copied(state.get("component"))
         self.mask, self._sums = _copied(fisher.get("mask")), _copied(fisher.get("sums"))
         self._num_instances = int(fisher.get("num_instances", 0))

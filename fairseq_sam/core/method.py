@@ -408,6 +408,15 @@ class Method:
         radius = self.epsilon_min + (self.epsilon - self.epsilon_min) * min(max(progress, 0.0), 1.0)
         return replace(self, epsilon=radius, epsilon_min=None, lr_max=None, lr_min=0.0)
 
+    def with_radius(self, epsilon: float) -> "Method":
+        """Return the method with another radius; `epsilon_min` keeps its share of it.
+
+        Args:
+            epsilon: the radius.
+        """
+        least = None if self.epsilon_min is None else self.epsilon_min * (epsilon / self.epsilon)
+        return replace(self, epsilon=epsilon, epsilon_min=least)
+
     def with_peak(self, learning_rate: float) -> "Method":
         """Return the method with `lr_max` set, unless it is set or the radius is constant.
 

@@ -37,7 +37,7 @@ def robustness(run: Path, settings: Mapping[str, Any], measured: Mapping[str, An
     """
     options, data_bin = settings["evaluation"], Path(settings["data"]) / "data-bin"
     trained = Trained(average(run, options["average"]), data_bin, cpu=bool(device))
-    radii: Mapping[str, Sequence[float]] = measured["radii"]
+    radii: Mapping[str | float, Sequence[float]] = measured["radii"]
     names = [f"{norm} {radius:g}" for norm, several in radii.items() for radius in several]
     corruptions = iter(["", *names])  # the first row is the model as it is, which the run's own scores are of
 
