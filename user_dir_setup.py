@@ -49,11 +49,17 @@ BUILD_REQUIREMENTS = ("setuptools>=77", "wheel", "cython", "numpy")
 # fairseq 0.12.2 asks for omegaconf 2.0, whose metadata pip 24.1 and newer refuse.
 BUILD_REQUIREMENTS_PYTHON_3_10 = ("pip<24.1",)
 SHOWN_PACKAGES = (
-    "hydra-core", "omegaconf", "numpy", "matplotlib", "PyYAML", "rouge-score", "sacrebleu", "sacremoses", "safetensors",
+    "hessian-eigenthings", "hydra-core", "omegaconf", "numpy", "matplotlib", "PyYAML", "rouge-score", "sacrebleu", "sacremoses", "safetensors",
     "scikit-learn", "scipy", "sentencepiece", "subword-nmt", "tokenizers",
 )  # fmt: skip
 TEST_PACKAGES = (
-    "fairscale", "pytest", "pytest-xdist", "hypothesis", "pytorch_optimizer", "ruff", "mypy", "transformers",
+    "curvlinops-for-pytorch", "fairscale", "pytest", "pytest-xdist", "hypothesis", "pytorch_optimizer", "ruff", "mypy",
+    "transformers",
+)  # fmt: skip
+# curvlinops, whose Hessian tests compare with, asks for backpack, which asks for torchvision, whose newest release
+# replaces torch. None of them is needed for it, so that these come without what they ask for.
+TEST_PACKAGES_ALONE = (
+    "curvlinops-for-pytorch>=3", "backpack-for-pytorch>=1.7", "einconv>=0.1", "einops>=0.8", "unfoldNd>=0.2",
 )  # fmt: skip
 ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 
@@ -600,6 +606,9 @@ def install_packages(environment: Environment, steps: Steps, options: Options, e
         steps.run(title, environment.pip_install(*here, f"{name}=={version}"))
     project = f"{ROOT}[{','.join(sorted(extras))}]" if extras else str(ROOT)
     steps.run("installing fairseq_sam and what recipes need", environment.pip_install(*here, "-e", project))
+    if "test" in extras:
+        alone = environment.pip_install("--no-deps", *TEST_PACKAGES_ALONE)
+        run_logged("      installing what tests compare with", alone, steps.log)
 
 
 def plugin_check_command(environment: Environment) -> List[str]:

@@ -89,8 +89,10 @@ class Machine:
             self.versions["fairseq-fixed"] = "0.12.3.1"
         elif " -e " in words:
             self.plugin = str(self.script.USER_DIR / "__init__.py")
-            names = self.script.SHOWN_PACKAGES + (self.script.TEST_PACKAGES if "[test]" in words else ())
-            self.versions.update(dict.fromkeys(names, "1.0"))
+            names = {*self.script.SHOWN_PACKAGES, *(self.script.TEST_PACKAGES if "[test]" in words else ())}
+            self.versions.update(dict.fromkeys(names - {"curvlinops-for-pytorch"}, "1.0"))
+        elif "--no-deps" in words and "curvlinops-for-pytorch" in words:
+            self.versions["curvlinops-for-pytorch"] = "1.0"
         return ""
 
     def count(self, words: str) -> int:

@@ -36,6 +36,8 @@ def test_as_if_the_user_had_given_what_was_found(translation_data, tmp_path, pre
     flags = [*FLAGS, "--optimizer", preset, "--sam-scope", scope, "--max-update", "4"]
     if preset == "fisher_sam":
         flags += ["--sam-mask-interval", "100"]
+    if preset == "look_sam":
+        flags += ["--sam-interval", "1"]
     found = runs.train(translation_data, tmp_path / "auto", *flags, "--sam-epsilon", AUTO)
     state = state_of(found)["search"]
     assert len(state["radii"]) == UPDATES and all(0 < each < math.inf for each in state["radii"])
@@ -76,7 +78,8 @@ def test_the_loss_rises_as_wanted(translation_data, monkeypatch, scope, rise):
         before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
         logged = trainer.train_step(batches[:2])
     assert unwrap(trainer.optimizer).method.epsilon == unwrap(trainer.optimizer).memory.epsilon
-    assert runs.same_bits(before, trainer.model.state_dict())
+    for name, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-20)
     assert float(logged["sam_sharp"]) / float(logged["loss"]) == pytest.approx(float(rise), rel=0.1)
 
 
@@ -114,18 +117,19 @@ def test_a_ball_that_the_radius_of_the_preset_is_a_part_of():
     assert PRESETS["sam"].with_radius(0.5).epsilon_min is None
 
 
-def test_updates_that_find_nothing():
+def test_updates_that_find_nothing(monkeypatch):
     """One is left out; where none finds a radius the run ends and says what to change."""
+    monkeypatch.setattr(radius, "UPDATES", 4)
     memory = Memory()
     search(memory, lambda epsilon: (math.nan, 1.0), 0.1)
     search(memory, lambda epsilon: (1.0, 1.0), 0.1)
     assert len(memory.radii) == 2 and all(map(math.isnan, memory.radii)) and memory.epsilon is None
-    for _ in range(UPDATES - 2):
+    for _ in range(2):
         search(memory, lambda epsilon: (1.0, 1.0 + epsilon), 0.1)
     assert memory.epsilon == pytest.approx(0.1)
     lost = Memory()
     with pytest.raises(ConfigurationError, match=r"no radius from 1e-07 to 100 .* rises by 0.1 .*--sam-rise"):
-        for _ in range(UPDATES):
+        for _ in range(4):
             search(lost, lambda epsilon: (1.0, 1.0), 0.1)
 
 
@@ -151,7 +155,9 @@ def test_what_is_measured_leaves_no_trace(translation_data, tmp_path):
     flags = [*FLAGS, "--max-update", "2"]
     for preset in ("sam", "delta_sam", "freelb", "esam"):
         found = runs.train(translation_data, tmp_path / preset, *flags, "--optimizer", preset, "--sam-epsilon", AUTO)
-        plain = runs.train(translation_data, tmp_path / "plain", *flags, "--optimizer", preset, "--sam-epsilon", "0")
+        plain = runs.train(
+            translation_data, tmp_path / f"plain_{preset}", *flags, "--optimizer", preset, "--sam-epsilon", "0"
+        )
         assert runs.same_bits(found["model"], plain["model"]), preset
         assert state_of(found)["num_ascents"] == 0
 
