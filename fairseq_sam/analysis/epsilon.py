@@ -251,10 +251,12 @@ def loss_rise(
     """
     prior = space.take_gradients()
     random = RandomState(tensor.device for tensor in space.tensors)
+    own = Memory()  # else LookSAM would remember the component of these steps
+    own.mask = memory.mask if memory else None
     try:
         clean, _, _ = run_apart(space, batch)
         random.restore()
-        step: SharpnessAwareStep[Any] = SharpnessAwareStep(method, space, memory, embeddings)
+        step: SharpnessAwareStep[Any] = SharpnessAwareStep(method, space, own, embeddings)
         perturbed = 0.0
         for part, _ in split(method, batch):
             step.ascend(part, ascent_gradient)

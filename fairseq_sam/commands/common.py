@@ -10,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 SHOWN_EVERY = 10.0  # seconds between two lines of progress where the output is no terminal
 
 
@@ -57,7 +59,7 @@ def model_names(checkpoints: Sequence[Path], names: Sequence[str] | None) -> lis
 
 
 def trained_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[str, Any, list[Any]]]:
-    """Load the models of a command one after the other.
+    """Load the models of a command one after the other; random numbers are for each those of ``--seed``.
 
     Args:
         args: of ``parser``.
@@ -69,6 +71,7 @@ def trained_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[s
     from fairseq_sam.adapter.trained import Trained
 
     for name, path in zip(model_names(args.checkpoints, args.names), args.checkpoints, strict=True):
+        torch.manual_seed(args.seed)
         trained = Trained(path, args.data, cpu=args.cpu, **options)
         yield name, trained, batches_of(args, trained)
 

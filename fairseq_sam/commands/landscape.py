@@ -4,6 +4,7 @@ The line goes from the weights before training (``--before``) to those after, an
 plane's two directions are filter-normalised (Li et al. 2018; FSAM Fig. 4). A stopped command goes on where it was.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,27 +27,36 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--exclude", default="", help="regular expression: parameters that are held constant")
     args = parser.parse_args(arguments)
     kind = "line" if args.before else "surface"
-    number = args.points or {"line": 41, "surface": 25}[kind]
+    number = {"line": 41, "surface": 25}[kind] if args.points is None else args.points
     axis = steps(args.ends[0], args.ends[1], number)
     places = [(x,) for x in axis] if kind == "line" else [(x, y) for x in axis for y in axis]
     table = args.out / f"{kind}.tsv"
-    settings = {"subset": args.subset, "seed": str(args.seed), "batches": str(args.num_batches or "all")}
-    rows: list[dict[str, Any]] = [row for row in read_rows(table) if settings.items() <= row.items()]
+    shared = {
+        "subset": args.subset, "seed": str(args.seed), "batches": str(args.num_batches or "all"),
+        "exclude": args.exclude,
+    }  # fmt: skip
+    wanted = {tuple(map(shown, place)) for place in places}
+    earlier, rows = read_rows(table), []
     for name, trained, batches in common.trained_models(args):
         objective = trained.objective(batches, args.exclude)
         if args.before:
             directions = [difference(objective, weights_of(args.before))]
         else:
             directions = [filter_normalised(objective, args.seed), filter_normalised(objective, args.seed + 10**6)]
-        known = {place_of(row) for row in rows if row["model"] == name}
+        settings = {"model": name, **shared, "weights": digest(trained.path, *([args.before] if args.before else []))}
+        kept = [row for row in earlier if settings.items() <= row.items() and place_of(row) in wanted]
+        rows += kept
+        known = set(map(place_of, kept))
         left = [place for place in places if tuple(map(shown, place)) not in known]
         progress = common.Progress(f"landscape of {name}")
         for done, point in enumerate(landscape(objective, directions, left), len(places) - len(left) + 1):
             place = dict(zip(("x", "y"), map(shown, point.place), strict=False))
-            rows.append({"model": name, **settings, **place, "loss": point.loss})
+            rows.append({**settings, **place, "loss": point.loss})
             progress(done, len(places))
             if done % number == 0 or done == len(places):
-                write_rows(table, rows)
+                others = [row for row in earlier if row["model"] not in {each["model"] for each in rows}]
+                write_rows(table, [*rows, *others])
+    write_rows(table, rows)
     image = table.with_suffix(".png")
     (plot_line if kind == "line" else plot_surface)(rows, image)
     common.written(table, image)
@@ -60,6 +70,16 @@ def weights_of(path: Path) -> Mapping[str, Tensor]:
 
     weights: Mapping[str, Tensor] = checkpoint_utils.load_checkpoint_to_cpu(str(path))["model"]
     return weights
+
+
+def digest(*paths: Path) -> str:
+    """Return a name for what files hold: eight hexadecimal digits."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()[:8]
 
 
 def shown(number: float) -> str:

@@ -8,6 +8,8 @@ from torch import nn
 
 pytest.importorskip("fairseq")
 
+from fairseq.logging import metrics
+
 from fairseq_sam import PRESETS
 from fairseq_sam.adapter import radius
 from fairseq_sam.adapter.errors import CheckpointError, ConfigurationError
@@ -36,6 +38,8 @@ def test_as_if_the_user_had_given_what_was_found(translation_data, tmp_path, pre
     flags = [*FLAGS, "--optimizer", preset, "--sam-scope", scope, "--max-update", "4"]
     if preset == "fisher_sam":
         flags += ["--sam-mask-interval", "100"]
+    if preset == "model_perturbation":  # else a step is too short for such a rise
+        flags += ["--sam-step-size", "100"]
     if preset == "look_sam":
         flags += ["--sam-interval", "1"]
     found = runs.train(translation_data, tmp_path / "auto", *flags, "--sam-epsilon", AUTO)
@@ -76,11 +80,13 @@ def test_the_loss_rises_as_wanted(translation_data, monkeypatch, scope, rise):
     with runs.quiet():
         trainer.train_step(batches[:2])
         before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-        logged = trainer.train_step(batches[:2])
+        with metrics.aggregate(new_root=True) as found:
+            trainer.train_step(batches[:2])
+    logged = found.get_smoothed_values()
     assert unwrap(trainer.optimizer).method.epsilon == unwrap(trainer.optimizer).memory.epsilon
     for name, tensor in trainer.model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-20)
-    assert float(logged["sam_sharp"]) / float(logged["loss"]) == pytest.approx(float(rise), rel=0.1)
+    assert float(logged["sam_sharp"]) / float(logged["loss"]) == pytest.approx(float(rise), rel=0.2)
 
 
 def test_it_begins_with_the_method(translation_data, tmp_path):
@@ -153,7 +159,7 @@ def test_another_kind_of_run_goes_on(translation_data, tmp_path):
 def test_what_is_measured_leaves_no_trace(translation_data, tmp_path):
     """The updates that it measures in are those of the base optimizer, with its random numbers, bit for bit."""
     flags = [*FLAGS, "--max-update", "2"]
-    for preset in ("sam", "delta_sam", "freelb", "esam"):
+    for preset in ("sam", "delta_sam", "freelb", "esam", "look_sam"):
         found = runs.train(translation_data, tmp_path / preset, *flags, "--optimizer", preset, "--sam-epsilon", AUTO)
         plain = runs.train(
             translation_data, tmp_path / f"plain_{preset}", *flags, "--optimizer", preset, "--sam-epsilon", "0"

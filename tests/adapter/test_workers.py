@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fairseq_sam import PRESETS
+from fairseq_sam.adapter.optimizers import unwrap
 from tests.adapter import runs
 
 pytestmark = pytest.mark.slow
@@ -300,6 +301,25 @@ def test_bmuf(translation_data, tmp_path):
                 trainer.train_step([batches[number] for number in numbers])
             expected = {n: p.detach() for n, p in trainer.model.named_parameters()}
             assert all(torch.allclose(found[key][0]["weights"][n], w, rtol=0, atol=1e-6) for n, w in expected.items())
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+def test_the_radius_that_is_searched_for_is_that_of_all(translation_data, tmp_path, backend):
+    """Both workers find what one finds with all their micro-batches; with BMUF, where weights differ, the same too."""
+    flags = [*GA_SAM, *SGD, "--sam-epsilon", "auto", "--sam-rise", "0.05"]
+    cases = {scope: [*flags, "--sam-scope", scope] for scope in ("microbatch", "update")}
+    together = ["--use-bmuf", "--global-sync-iter", "100"] if backend == "legacy_ddp" else []
+    found = run_pair(translation_data, tmp_path / "pair", backend, {**cases, "more": [*flags, *together]})
+    for name, states in found.items():
+        first, second = (state["method"]["search"]["radii"] for state in states)
+        assert first == second and len(first) == len(UPDATES), name
+    for scope, case in cases.items():
+        trainer, batches = runs.build_trainer(translation_data, *runs.TRANSLATION, *case)
+        for numbers in UPDATES:
+            trainer.train_step([batches[number] for number in numbers])
+        assert found[scope][0]["method"]["search"]["radii"] == pytest.approx(
+            unwrap(trainer.optimizer).memory.radii, 1e-3
+        )
 
 
 RESUMED = {

@@ -1,0 +1,312 @@
+"""The commands of ``fairseq-sam`` on checkpoints of fairseq-train: their tables against numbers worked out apart."""
+
+import csv
+import math
+import re
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fairseq_sam  # noqa: F401
+from fairseq_sam.__main__ import COMMANDS, main
+from fairseq_sam.analysis.epsilon import suggest_epsilon
+from fairseq_sam.core.method import PRESETS
+from tests.adapter import runs
+
+pytestmark = pytest.mark.slow
+
+
+def flat(tensors):
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def column(rows, name):
+    return [float(row[name]) for row in rows]
+
+
+def is_plot(path):
+    """Whether a PNG is there, in colours that are not one."""
+    from matplotlib.image import imread
+
+    pixels = imread(path)[..., :3]
+    return min(pixels.shape[:2]) > 400 and len(set(map(tuple, pixels[::20, ::20].reshape(-1, 3)))) > 1
+
+
+@pytest.fixture(scope="module")
+def trained(translation_data, tmp_path_factory):
+    """Two runs, with logs of their gradients: Adam and GA-SAM."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in (("adam", ["--sam-epsilon", "0"]), ("ga_sam", ["--sam-norm", "linf", "--sam-epsilon", "1e-3"])):
+        runs.train(
+            translation_data, folder / name, *runs.TRANSLATION, "--optimizer", "ga_sam", *flags, "--max-update", "9",
+            "--sam-gradient-log", "1", "--no-epoch-checkpoints",
+        )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(trained):
+    return [str(trained / name / "checkpoint_last.pt") for name in ("adam", "ga_sam")]
+
+
+def model_and_valid(path):
+    """A model of translation in evaluation mode, and the batches of its validation split."""
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)])
+    task.load_dataset("valid")
+    batches = task.get_batch_iterator(task.dataset("valid"), max_sentences=7).next_epoch_itr(shuffle=False)
+    return model.eval(), list(batches), task.target_dictionary.pad()
+
+
+def losses(model, batches, pad):
+    """Summed cross entropy of each sentence, bits, and its tokens."""
+    found = []
+    for batch in batches:
+        logits = model(**batch["net_input"])[0]
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), batch["target"], ignore_index=pad, reduction="none")
+        found += zip(each.sum(1) / math.log(2), batch["target"].ne(pad).sum(1).tolist(), strict=True)
+    return found
+
+
+def mean_loss(model, batches, pad):
+    with torch.no_grad():
+        pairs = losses(model, batches, pad)
+    return float(sum(loss for loss, _ in pairs)) / sum(number for _, number in pairs)
+
+
+def test_robustness(checkpoints, tmp_path, capsys):
+    words = ["--names", "Adam", "GA-SAM", "--l2", "0.05", "0.5", "--linf", "1e-3", "--steps", "2"]
+    before = [torch.load(path, weights_only=False)["model"] for path in checkpoints]
+    assert main(["robustness", *checkpoints, *words, "--bleu", "1", "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "robustness.tsv")
+    assert [(row["model"], row["norm"], row["radius"]) for row in rows] == [
+        (model, norm, radius)
+        for model in ("Adam", "GA-SAM")
+        for norm, radius in (("", "0"), ("l2", "0.05"), ("l2", "0.5"), ("linf", "0.001"))
+    ]
+    for path, row in zip(checkpoints, (rows[0], rows[4]), strict=True):
+        expected = mean_loss(*model_and_valid(path))
+        assert float(row["loss"]) == pytest.approx(expected, abs=1e-3)  # fairseq rounds to three digits
+        assert float(row["attacked loss"]) == pytest.approx(expected, rel=1e-5)
+        assert float(row["ppl"]) == pytest.approx(2**expected, rel=1e-2)
+    for row in rows:
+        assert float(row["reached"]) <= float(row["radius"]) * (1 + 1e-4)
+        assert float(row["radius"]) == 0 or float(row["reached"]) > 0.5 * float(row["radius"])
+    clean, small, large = column(rows[:3], "attacked loss")
+    assert clean < small < large and "bleu" in rows[0]
+    after = [torch.load(path, weights_only=False)["model"] for path in checkpoints]
+    assert all(runs.same_bits(*pair) for pair in zip(before, after, strict=True))
+    assert is_plot(tmp_path / "robustness.png") and "robustness of GA-SAM: 10 of 10" in capsys.readouterr().err
+
+
+def test_one_step_of_a_corruption(checkpoints, tmp_path):
+    """A step of 1.5 times the radius, brought back to the edge, along the gradient of the whole split."""
+    words = ["--l2", "0.1", "--linf", "--steps", "1", "--out", str(tmp_path)]
+    assert main(["robustness", checkpoints[0], *words]) == 0
+    model, batches, pad = model_and_valid(checkpoints[0])
+    pairs = losses(model, batches, pad)
+    loss = sum(loss for loss, _ in pairs) / sum(number for _, number in pairs)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters)
+    norm = flat(gradients).norm()
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.add_(0.1 * gradient / norm)
+    found = float(rows_of(tmp_path / "robustness.tsv")[1]["attacked loss"])
+    assert found == pytest.approx(mean_loss(model, batches, pad), rel=1e-4)
+
+
+def test_sharpness(checkpoints, tmp_path):
+    words = ["--kinds", "worst", "ascent", "average", "instance", "--radii", "0.02", "0.1", "--steps", "3"]
+    words += ["--directions", "2", "--instances", "3", "--out", str(tmp_path)]
+    assert main(["sharpness", *checkpoints, *words]) == 0
+    rows = rows_of(tmp_path / "sharpness.tsv")
+    assert len(rows) == 2 * 2 * 4 and {row["model"] for row in rows} == {"adam", "ga_sam"}
+    found = {(row["model"], row["direction"], row["radius"]): row for row in rows}
+    for row in rows:
+        rise = float(row["perturbed loss"]) - float(row["loss"])
+        assert float(row["sharpness"]) == pytest.approx(rise, abs=2e-4)
+        assert (float(row["standard error"]) > 0) == (row["direction"] == "average")
+    for model in ("adam", "ga_sam"):
+        at = {kind: float(found[model, kind, "0.1"]["sharpness"]) for kind in ("worst", "ascent", "average")}
+        assert at["average"] < at["ascent"] <= at["worst"] * 1.05 and at["ascent"] > 0
+        assert float(found[model, "instance", "0.1"]["sharpness"]) > float(
+            found[model, "instance", "0.02"]["sharpness"]
+        )
+    expected = mean_loss(*model_and_valid(checkpoints[1]))
+    assert float(found["ga_sam", "average", "0.1"]["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert is_plot(tmp_path / "sharpness.png")
+
+
+def test_spectrum(checkpoints, tmp_path):
+    words = ["--top", "3", "--instances", "6", "--samples", "2", "--density-steps", "4", "--out", str(tmp_path)]
+    assert main(["spectrum", *checkpoints, *words, "--steps", "25"]) == 0
+    rows = rows_of(tmp_path / "eigenvalues.tsv")
+    names = [(row["model"], row["matrix"], row["rank"]) for row in rows]
+    assert names == [(m, x, str(r)) for m in ("adam", "ga_sam") for x in ("hessian", "fisher") for r in (1, 2, 3)]
+    model, batches, pad = model_and_valid(checkpoints[0])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with sdpa_kernel(SDPBackend.MATH):
+        pairs = losses(model, batches, pad)
+    loss = sum(loss for loss, _ in pairs) / sum(number for _, number in pairs)
+    gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+    vector = [torch.randn_like(p) for p in parameters]
+    for _ in range(100):  # power iteration
+        norm = flat(vector).norm()
+        vector = [part / norm for part in vector]
+        products = torch.autograd.grad(gradient, parameters, vector, retain_graph=True)
+        value = float(sum((a * b).sum() for a, b in zip(vector, products, strict=True)))
+        vector = [part.detach() for part in products]
+    assert float(rows[0]["eigenvalue"]) == pytest.approx(value, rel=1e-2)
+    assert float(rows[0]["residual"]) < 0.05 * value
+    for table, wanted in (
+        ("trace", {"model", "trace", "standard error"}),
+        ("density", {"model", "eigenvalue", "density"}),
+    ):
+        found = rows_of(tmp_path / f"{table}.tsv")
+        assert set(found[0]) == wanted and {row["model"] for row in found} == {"adam", "ga_sam"}
+    density = [row for row in rows_of(tmp_path / "density.tsv") if row["model"] == "adam"]
+    places, values = column(density, "eigenvalue"), column(density, "density")
+    assert torch.trapezoid(torch.tensor(values), torch.tensor(places)).item() == pytest.approx(1.0, abs=0.05)
+    assert is_plot(tmp_path / "spectrum.png")
+
+
+def test_spectrum_of_the_fisher_information(checkpoints, tmp_path):
+    """Of all instances of the split: eigenvalues of their gradients' Gram matrix over the number of tokens."""
+    words = ["--parts", "fisher", "--top", "5", "--instances", "1000", "--out", str(tmp_path)]
+    assert main(["spectrum", checkpoints[0], *words]) == 0
+    model, batches, pad = model_and_valid(checkpoints[0])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    pairs = losses(model, batches, pad)
+    gradients = torch.stack([flat(torch.autograd.grad(loss, parameters, retain_graph=True)) for loss, _ in pairs])
+    gram = gradients.double() @ gradients.double().T / sum(number for _, number in pairs)
+    expected = torch.linalg.eigvalsh(gram).flip(0)[:5].tolist()
+    assert column(rows_of(tmp_path / "eigenvalues.tsv"), "eigenvalue") == pytest.approx(expected, rel=1e-3)
+    assert is_plot(tmp_path / "spectrum.png")
+
+
+def test_line(checkpoints, tmp_path):
+    """From one model at -1 to the other at 0; a stopped command goes on, other settings are not mixed in."""
+    words = ["--before", checkpoints[0], "--points", "5", "--out", str(tmp_path)]
+    assert main(["landscape", checkpoints[1], *words]) == 0
+    rows = rows_of(tmp_path / "line.tsv")
+    assert column(rows, "x") == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    for row, path in ((rows[0], checkpoints[0]), (rows[2], checkpoints[1])):
+        assert float(row["loss"]) == pytest.approx(mean_loss(*model_and_valid(path)), rel=1e-5)
+    assert is_plot(tmp_path / "line.png")
+    text = (tmp_path / "line.tsv").read_text()
+    changed = "".join(f"{line}\n" for line in text.splitlines()[:4]).replace(rows[1]["loss"], "123.456")
+    (tmp_path / "line.tsv").write_text(changed)
+    assert main(["landscape", checkpoints[1], *words]) == 0
+    again = rows_of(tmp_path / "line.tsv")
+    assert again[1]["loss"] == "123.456" and [row["loss"] for row in again[2:]] == [row["loss"] for row in rows[2:]]
+    assert main(["landscape", checkpoints[0], "--before", checkpoints[1], "--points", "5", "--out", str(tmp_path)]) == 0
+    other = rows_of(tmp_path / "line.tsv")
+    assert len(other) == 5 and "123.456" not in [row["loss"] for row in other]
+
+
+def test_surface(checkpoints, tmp_path):
+    words = ["--points", "3", "--range", "-0.5", "0.5", "--num-batches", "1", "--max-tokens", "150"]
+    assert main(["landscape", *checkpoints, *words, "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "surface.tsv")
+    assert len(rows) == 2 * 9 and {(row["x"], row["y"]) for row in rows} >= {("0.000000", "0.000000")}
+    centre = [row for row in rows if row["x"] == row["y"] == "0.000000"]
+    assert len({row["loss"] for row in rows}) > 15 and len(centre) == 2
+    assert is_plot(tmp_path / "surface.png")
+
+
+def test_gradients(trained, tmp_path):
+    folders = [str(trained / name) for name in ("adam", "ga_sam")]
+    assert main(["gradients", *folders, "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "gradients.tsv")
+    found = {(row["run"], row["by"], row["group"]) for row in rows}
+    assert found == {
+        (run, by, group)
+        for run in ("adam", "ga_sam")
+        for by, group in (
+            ("epoch", "all"), ("epoch", "encoder"), ("epoch", "decoder"), ("layer", "encoder"), ("layer", "decoder"),
+        )
+    }  # fmt: skip
+    assert is_plot(tmp_path / "gradients.png")
+
+
+@pytest.mark.parametrize("method", ["ga_sam", "freelb"])
+def test_epsilon(checkpoints, tmp_path, capsys, method):
+    from fairseq_sam.adapter.trained import Trained
+
+    words = ["--method", method, "--norm", "linf", "--fraction", "0.2", "--num-batches", "2", "--max-tokens", "200"]
+    assert main(["epsilon", checkpoints[1], *words, "--out", str(tmp_path)]) == 0
+    shown = re.search(rf"ga_sam: --optimizer {method} --sam-epsilon (\S+) --sam-norm linf\n", capsys.readouterr().out)
+    rows = rows_of(tmp_path / "epsilon.tsv")
+    assert column(rows, "epsilon") == sorted(column(rows, "epsilon"))
+    torch.manual_seed(1)
+    trained = Trained(checkpoints[1], cpu=True)
+    probe = trained.probe(trained.batches("train", max_tokens=200, number=2), PRESETS[method])
+    assert float(shown[1]) == pytest.approx(suggest_epsilon(probe, fraction=0.2).epsilon, rel=1e-2)
+    clean, moved = probe(float(shown[1]))
+    assert (moved - clean) / clean == pytest.approx(0.2, rel=0.2)
+    assert is_plot(tmp_path / "epsilon.png")
+    with runs.quiet():
+        runs.configuration(["data", *runs.common_flags(), *runs.TRANSLATION, *shown[0].split()[1:]])
+
+
+def test_other_tasks(language_model_data, classification_data, tmp_path):
+    """Perplexity of a language model, accuracy of a classifier."""
+    small = ["--decoder-embed-dim", "16", "--decoder-hidden-size", "16", "--decoder-out-embed-dim", "16"]
+    flags = ["--task", "language_modeling", "--arch", "lstm_lm", *small, "--tokens-per-sample", "32"]
+    runs.train(language_model_data, tmp_path / "lm", *flags, "--optimizer", "adam", "--max-update", "3")
+    flags = ["--task", "sentence_prediction", "--arch", "textcnn", "--num-classes", "2"]
+    flags += ["--criterion", "sentence_prediction"]
+    runs.train(classification_data, tmp_path / "classes", *flags, "--optimizer", "adam", "--max-update", "3")
+    for name, score in (("lm", "ppl"), ("classes", "accuracy")):
+        words = ["--l2", "0.1", "--linf", "--steps", "1", "--out", str(tmp_path / name)]
+        assert main(["robustness", str(tmp_path / name / "checkpoint_last.pt"), *words]) == 0
+        assert score in rows_of(tmp_path / name / "robustness.tsv")[0]
+        words = ["--top", "2", "--steps", "4", "--instances", "3", "--samples", "2", "--density-steps", "3"]
+        words += ["--out", str(tmp_path / name)]
+        assert main(["spectrum", str(tmp_path / name / "checkpoint_last.pt"), *words]) == 0
+        assert main([
+            "epsilon", str(tmp_path / name / "checkpoint_last.pt"), "--num-batches", "1", "--max-tokens", "300",
+            "--out", str(tmp_path / name),
+        ]) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0 and f"fairseq-sam {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["robustness", "nowhere.pt"], "nowhere.pt, which is no file"),
+        (["robustness", "{0}", "--names", "a", "b"], "--names must be 1 different names"),
+        (["robustness", "{0}", "{0}"], "two checkpoints are the same file"),
+        (["robustness", "{0}", "--subset", "nothing"], "--subset nothing"),
+        (["robustness", "{0}", "--data", "nowhere"], "nowhere"),
+        (["robustness", "{0}", "--l2", "-1"], "epsilon must be a finite number > 0, got -1.0"),
+        (["robustness", "{0}", "--steps", "0"], "--sam-steps"),
+        (["spectrum", "{0}", "--top", "0"], "k must be an integer from 1 to"),
+        (["spectrum", "{0}", "--parts", "trace", "--samples", "1"], "samples must be an integer >= 2, got 1"),
+        (["spectrum", "{0}", "--exclude", "."], "exclude"),
+        (["sharpness", "{0}", "--radii", "0"], "epsilon must be a finite number > 0"),
+        (["landscape", "{0}", "--points", "0"], "integer >= 1"),
+        (["landscape", "{0}", "--before", "nowhere.pt"], "nowhere.pt"),
+        (["epsilon", "{0}", "--fraction", "0"], "fraction must be a finite number > 0, got 0.0"),
+        (["epsilon", "{0}", "--norm", "l0"], "norm"),
+    ],
+)
+def test_errors_are_one_line(checkpoints, tmp_path, capsys, words, error):
+    words = [word.format(*checkpoints) for word in words]
+    assert main([*words, "--out", str(tmp_path)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1 and lines[0].startswith("fairseq-sam: error: ") and error in lines[0], lines
