@@ -262,8 +262,8 @@ def test_other_tasks(language_model_data, classification_data, tmp_path):
     small = ["--decoder-embed-dim", "16", "--decoder-hidden-size", "16", "--decoder-out-embed-dim", "16"]
     flags = ["--task", "language_modeling", "--arch", "lstm_lm", *small, "--tokens-per-sample", "32"]
     runs.train(language_model_data, tmp_path / "lm", *flags, "--optimizer", "adam", "--max-update", "3")
-    flags = ["--task", "sentence_prediction", "--arch", "textcnn", "--num-classes", "2"]
-    flags += ["--criterion", "sentence_prediction"]
+    flags = ["--task", "sentence_prediction", "--arch", "textcnn", "--num-classes", "2", "--num-filters", "8"]
+    flags += ["--embed-dim", "16", "--criterion", "sentence_prediction"]
     runs.train(classification_data, tmp_path / "classes", *flags, "--optimizer", "adam", "--max-update", "3")
     for name, score in (("lm", "ppl"), ("classes", "accuracy")):
         words = ["--l2", "0.1", "--linf", "--steps", "1", "--out", str(tmp_path / name)]

@@ -30,7 +30,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from scripts.recipes import evaluations, glue, sts
+from scripts.recipes import evaluations, glue, measures, sts
 from scripts.recipes.sequences import train_sentencepiece
 from scripts.recipes.subwords import TokenizerFile
 from scripts.recipes.text import SPECIAL, write_indexed
@@ -446,6 +446,84 @@ def test_translations_are_of_as_many_averaged_checkpoints(sequences, tmp_path, c
     for name, text in (("hypotheses.txt", hypotheses), ("references.txt", wanted)):
         assert (sequences.models.run / name).read_text().splitlines() == text
     assert max(by_tokens.values()) < found["bleu_tokenised"] - 5
+
+
+def moved(model, loss, distance):
+    """Put a model's weights this far along the gradient of a loss, in 2-norm; returns what puts them back."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    norm = torch.cat([g.reshape(-1) for g in gradients if g is not None]).norm()
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.add_(distance * gradient / norm)
+
+    def put_back():
+        with torch.no_grad():
+            for parameter, weights in zip(parameters, before, strict=True):
+                parameter.copy_(weights)
+
+    return put_back
+
+
+def test_robustness_is_of_the_averaged_model_that_is_corrupted(sequences, tmp_path):
+    """One step along the gradient of the test set's loss; the corrupted model translates, its text is kept."""
+    model, wanted, losses = averaged(sequences, EPOCHS[-2:]), {}, {}
+    flags = [*CPU, "--min-len", str(SHORTEST), "--max-len-b", str(LONGEST)]
+    plain = MosesDetokenizer(lang="en")
+
+    def mean_loss():
+        total = number = 0
+        for source, target in zip(sequences.rows["test", "source"], sequences.rows["test", "target"], strict=True):
+            inputs = torch.cat([torch.tensor([2]), target[:-1]])[None]
+            logits = model(source[None], torch.tensor([len(source)]), inputs)[0][0]
+            total = total + torch.nn.functional.cross_entropy(logits, target, reduction="sum") / math.log(2)
+            number += len(target)
+        return total / number
+
+    clean = mean_loss()
+    references = generated(sequences, model, "test")
+    data = with_files(sequences, tmp_path, {"text/test.target": references})
+    for radius in (0.5, 3.0):
+        put_back = moved(model, mean_loss(), radius)
+        hypotheses = [plain.detokenize(line.split()) for line in generated(sequences, model, "test")]
+        wanted[f"bleu l2 {radius:g}"] = corpus_bleu(
+            hypotheses, [[plain.detokenize(r.split()) for r in references]]
+        ).score
+        losses[f"loss l2 {radius:g}"] = float(mean_loss())
+        put_back()
+    assert_apart([*wanted.values(), 100.0], 1)
+    settings = settings_of(data, evaluation={"average": 2, "target": "target", "beam": 2})
+    measured = {"radii": {"l2": [0.5, 3.0]}, "steps": 1, "subset": "test"}
+    found = measures.robustness(sequences.models.run, settings, measured, flags)
+    assert found == pytest.approx({"loss": float(clean), **losses, **wanted}, rel=1e-4)
+    assert (sequences.models.run / "hypotheses bleu l2 3.txt").read_text().splitlines() == hypotheses
+    assert not list(sequences.models.run.glob("tmp*"))
+
+
+def test_adversarial_risk_is_of_each_instance(sentences):
+    """At the weights along its own gradient, on the validation split, of the best checkpoint, in nats."""
+    model, dataset = sentences.models[BEST], sentences.models.dataset("valid")
+    clean, risks = [], []
+    for number in range(len(dataset)):
+        instance = dataset[number]
+
+        def loss(instance=instance):
+            logits = model(
+                instance["net_input.src_tokens"][None], features_only=True,
+                classification_head_name="sentence_classification_head",
+            )[0]  # fmt: skip
+            return torch.nn.functional.cross_entropy(logits, instance["target"].reshape(1))
+
+        clean.append(float(loss()))
+        put_back = moved(model, loss(), 0.3)
+        risks.append(max(clean[-1], float(loss())))
+        put_back()
+    measured = {"subset": "valid", "epsilon": 0.3, "steps": 1}
+    found = measures.adversarial_risk(sentences.models.run, settings_of(sentences.folder), measured, CPU)
+    expected = {"risk": sum(risks) / len(risks), "loss": sum(clean) / len(clean)}
+    assert found == pytest.approx(expected, rel=1e-4) and found["risk"] > 1.01 * found["loss"]
 
 
 # -- denoising ---------------------------------------------------------------------------------------------------------

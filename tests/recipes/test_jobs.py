@@ -1,5 +1,6 @@
 """What jobs share: prepared data, GPUs, files that several processes write."""
 
+import json
 import math
 import re
 import subprocess
@@ -96,6 +97,23 @@ def test_a_shared_beginning_is_for_methods_that_start_late(tmp_path):
     starts = {method: Job(recipe, method, 1, tmp_path).start for method in recipe.methods}
     assert starts["GA-SAM"].until == 8 and starts["GA-SAM"].method == "Baseline"
     assert starts["Baseline"] is None and starts["early SAM"] is None
+
+
+def test_measures_are_made_of_the_runs_of_another_table(tmp_path):
+    """One run for both; once it is scored, only the measure is left, and what it found is among its scores."""
+    plain, measured = (
+        Job(read_recipe(name, "mini"), "GA-SAM", 1, tmp_path) for name in ("ga_sam_table5_envi", "ga_sam_table4_envi")
+    )
+    assert measured.key == plain.key and len(measured.commands()) == len(plain.commands()) + 1
+    plain.write_settings()
+    (plain.run / "scores.json").write_text('{"bleu": 20.0}')
+    assert plain.scores == {"bleu": 20.0} and plain.commands() == [] and measured.scores is None
+    (command,) = measured.commands()
+    assert command[2:5] == ["scripts.recipes.measures", str(plain.run), "robustness"]
+    assert json.loads(command[5]) == measured.recipe.measures["robustness"]
+    Path(command[6]).write_text('{"bleu l2 0.05": 19.0}')
+    assert measured.scores == {"bleu": 20.0, "bleu l2 0.05": 19.0} and measured.commands() == []
+    assert plain.scores == {"bleu": 20.0}
 
 
 def test_one_process_at_a_time(tmp_path):
