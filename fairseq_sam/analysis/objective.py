@@ -65,7 +65,7 @@ class Objective:
         """Return ``L(w)`` and its gradient, a tensor for each parameter."""
         total, weight = 0.0, 0.0
         gradients = self.zeros()
-        with evaluating(self.model):
+        with evaluating(self.model), differentiable():
             for batch in self.batches:
                 loss, size = self._loss_sum(self.model, batch)
                 self._add_gradient(gradients, loss)
@@ -77,7 +77,7 @@ class Objective:
     def gradient_of(self, batch: Any) -> tuple[list[Tensor], float]:
         """Return the gradient of one batch's summed loss, and its weight."""
         gradients = self.zeros()
-        with evaluating(self.model):
+        with evaluating(self.model), differentiable():
             loss, weight = self._loss_sum(self.model, batch)
             self._add_gradient(gradients, loss)
         return gradients, weight
@@ -156,6 +156,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Let recurrent layers run by kernels that have derivatives in evaluation mode, which cuDNN's have not."""
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 @contextmanager

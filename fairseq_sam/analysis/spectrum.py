@@ -12,6 +12,7 @@ from fairseq_sam.analysis.corruption import Progress, unseen
 from fairseq_sam.analysis.objective import LossSum, Objective
 
 TOP = 50  # GA-SAM Fig. 3
+MOST_NUMBERS = 2**28
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def fisher_eigenvalues(
     k: int = TOP,
     *,
     exclude: str = "",
-    block: int = 32,
+    block: int | None = None,
     progress: Progress = unseen,
 ) -> Eigenvalues:
     """Compute the k largest eigenvalues of the empirical Fisher information of some instances, exactly.
@@ -106,7 +107,8 @@ def fisher_eigenvalues(
         loss_sum: from model and batch to the batch's summed loss (a scalar with gradient) and its weight.
         k: how many, from 1 to the number of instances.
         exclude: regular expression; parameters whose name it matches are held constant.
-        block: gradients that are kept at a time, twice; those of earlier blocks are computed again.
+        block: gradients that are kept at a time, twice; those of earlier blocks are computed again. Default as many as
+            have 2^28 numbers together (1 GiB in float32).
         progress: called after each gradient.
 
     Returns:
@@ -116,8 +118,9 @@ def fisher_eigenvalues(
         ValueError: if k or `block` is out of range, or the weights are all 0.
     """
     _check("k", k, 1, len(instances))
-    _check("block", block, 1)
     objective = Objective(model, [], loss_sum, exclude=exclude)
+    block = max(1, MOST_NUMBERS // objective.size) if block is None else block
+    _check("block", block, 1)
     blocks = [range(start, min(start + block, len(instances))) for start in range(0, len(instances), block)]
     total = sum(len(part) for i, _ in enumerate(blocks) for part in blocks[i:])
     done, weight = 0, 0.0

@@ -129,3 +129,33 @@ def test_attention_and_recurrence_have_second_derivatives():
         torch.testing.assert_close(found, (up - down) / 2e-2, rtol=0.1, atol=0.02 * float(found.abs().max()) + 1e-4)
     with twice_differentiable():
         pass
+
+
+def test_recurrent_layers_run_without_cudnn():
+    """cuDNN's have no gradient in evaluation mode; it is on again afterwards."""
+    seen = []
+
+    def loss_sum(model, batch):
+        seen.append((model.training, torch.backends.cudnn.enabled))
+        return quadratic_loss(model, batch)
+
+    objective = Objective(random_quadratic(), [1.0], loss_sum)
+    objective.loss_and_gradient()
+    objective.gradient_of(1.0)
+    objective.hessian_product(objective.zeros())
+    assert seen == [(False, False)] * 3 and torch.backends.cudnn.enabled
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: cuDNN's LSTM needs one")
+def test_lstm_on_a_gpu():
+    """Gradient and Hessian product of an LSTM are those of the CPU."""
+    torch.manual_seed(0)
+    lstm, x = nn.LSTM(3, 4, 2, dropout=0.5).double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        model, batch = lstm.to(device), x.to(device)
+        objective = Objective(model, [batch], lambda model, batch: (model(batch)[0].square().sum(), 1.0))
+        gradients = objective.loss_and_gradient()[1]
+        found.append([t.cpu() for t in (*gradients, *objective.hessian_product(gradients))])
+    torch.testing.assert_close(*found)
