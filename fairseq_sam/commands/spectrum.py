@@ -3,6 +3,7 @@
 With them the Hessian's trace and the density of its eigenvalues.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from fairseq_sam.analysis.plots import draw_curves, figure, save
 from fairseq_sam.analysis.spectrum import (
     TOP,
+    Eigenvalues,
     fisher_eigenvalues,
     hessian_density,
     hessian_eigenvalues,
@@ -47,7 +49,9 @@ def main(arguments: Sequence[str]) -> None:
                 trained.model, single, trained.loss_sum, min(args.top, len(single)), exclude=args.exclude,
                 progress=common.Progress(f"Fisher information of {name}"),
             )  # fmt: skip
-            tables["eigenvalues"] += eigenvalue_rows(name, "fisher", found)
+            # Squares of gradients: those of a loss in bits are 1 / ln 2 times as large as a Hessian in bits.
+            in_bits = Eigenvalues(found.values * math.log(2), found.residuals)
+            tables["eigenvalues"] += eigenvalue_rows(name, "fisher", in_bits)
         if "trace" in args.parts:
             trace = hessian_trace(objective, args.samples, seed=args.seed, progress=common.Progress(f"trace of {name}"))
             tables["trace"].append({"model": name, "trace": trace.value, "standard error": trace.error})

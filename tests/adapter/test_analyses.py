@@ -179,7 +179,10 @@ def test_spectrum(checkpoints, tmp_path):
 
 
 def test_spectrum_of_the_fisher_information(checkpoints, tmp_path):
-    """Of all instances of the split: eigenvalues of their gradients' Gram matrix over the number of tokens."""
+    """Of all instances of the split: eigenvalues of their gradients' Gram matrix over the number of tokens.
+
+    In nats they are those of the Hessian in nats, where the model is right; the table has both in bits.
+    """
     words = ["--parts", "fisher", "--top", "5", "--instances", "1000", "--out", str(tmp_path)]
     assert main(["spectrum", checkpoints[0], *words]) == 0
     model, batches, pad = model_and_valid(checkpoints[0])
@@ -187,7 +190,9 @@ def test_spectrum_of_the_fisher_information(checkpoints, tmp_path):
     pairs = losses(model, batches, pad)
     gradients = torch.stack([flat(torch.autograd.grad(loss, parameters, retain_graph=True)) for loss, _ in pairs])
     gram = gradients.double() @ gradients.double().T / sum(number for _, number in pairs)
-    expected = torch.linalg.eigvalsh(gram).flip(0)[:5].tolist()
+    expected = (
+        torch.linalg.eigvalsh(gram).flip(0)[:5] * math.log(2)
+    ).tolist()  # as if of gradients in nats, then in bits
     assert column(rows_of(tmp_path / "eigenvalues.tsv"), "eigenvalue") == pytest.approx(expected, rel=1e-3)
     assert is_plot(tmp_path / "spectrum.png")
 
