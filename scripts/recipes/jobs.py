@@ -12,7 +12,7 @@ from typing import Any
 from scripts.recipes.commands import PLUGIN
 from scripts.recipes.recipe import Flags, Recipe, command_line
 
-LOG, SCORES, SETTINGS = "train.log", "scores.json", "settings.json"
+LOG, OUTPUT, SCORES, SETTINGS = "train.log", "output.log", "scores.json", "settings.json"
 MODEL = "model"  # in the folder of a run that others need: its model
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.recipes.jobs import Job, training_summary
+from scripts.recipes.jobs import OUTPUT, Job, training_summary
 from scripts.recipes.locks import locked
 from scripts.recipes.recipe import ROOT
 from scripts.recipes.significance import compare
@@ -28,6 +29,7 @@ ROW = "row.json"
 VERSIONED = (
     "torch", "fairseq-fixed", "fairseq", "numpy", "sacrebleu", "scikit-learn", "scipy", "rouge-score", "tokenizers",
 )  # fmt: skip
+AUTO = "auto"
 KEY = ("size", "column", "method", "seed", "metric")
 
 
@@ -119,9 +121,14 @@ def hardware(cpu: bool) -> str:
 
 
 def _method_flags(job: Job) -> str:
-    """The flags in which a method differs from the baseline."""
+    """The flags in which a method differs from the baseline; with a radius that the run has found."""
     base = job.recipe.methods[job.recipe.baseline]
-    return " ".join(f"--{name} {value}" for name, value in job.flags.items() if base.get(name) != value)
+    flags = " ".join(f"--{name} {value}" for name, value in job.flags.items() if base.get(name) != value)
+    if job.flags.get("sam-epsilon") != AUTO:
+        return flags
+    output = (job.run / OUTPUT).read_text(encoding="utf-8", errors="replace") if (job.run / OUTPUT).exists() else ""
+    found = re.findall(r"--sam-epsilon (\S+) is the same for another run", output)
+    return flags.replace(f"--sam-epsilon {AUTO}", f"--sam-epsilon {AUTO} (found: {found[-1] if found else 'nothing'})")
 
 
 def _commit() -> str:

@@ -27,7 +27,7 @@ recipe has methods or columns of its own.
 ``sizes``       ``mini`` and ``paper``: ``options``, ``evaluation``, ``measures``, ``flags``, ``methods`` (flags by
                 method), ``rates`` and ``seeds`` that differ, ``columns``: those that the size has, default all, with
                 what differs, and ``needs``: by name of an option, the folder of the recipe whose model it names,
-                which is trained first
+                which is trained first; ``false`` for a size of the other recipe that this one has not
 ``sources``     where a setting is from, by flag, option or method
 ==============  ====================================================================================================
 """
@@ -319,6 +319,8 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any], inherited: set[str]
     """
     merged = {}
     for size in (*base, *(size for size in own if size not in base)):
+        if own.get(size) is False:
+            continue
         first, second = base.get(size) or {}, own.get(size) or {}
         parts: dict[str, Any] = {}
         for key in ("options", "evaluation", "measures", "flags"):

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 
-from scripts.recipes.jobs import MODEL, SCORES, Job, data_folder, needed_jobs, progress_of
+from scripts.recipes.jobs import MODEL, OUTPUT, SCORES, Job, data_folder, needed_jobs, progress_of
 from scripts.recipes.locks import locked
 from scripts.recipes.obtained import record_job, write_significance
 from scripts.recipes.recipe import ROOT, Recipe, command_line
 
 SHOWN_EVERY = 60.0  # seconds between two reports
-OUTPUT = "output.log"
 
 
 class RunError(RuntimeError):
