@@ -30,6 +30,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from scripts import task_transfer
 from scripts.recipes import evaluations, glue, measures, sts
 from scripts.recipes.sequences import train_sentencepiece
 from scripts.recipes.subwords import TokenizerFile
@@ -199,6 +200,37 @@ def test_transfer_is_of_the_best_checkpoint(sentences):
     found = evaluations.transfer(sentences.models.run, settings, CPU)
     assert found["CoLA_matthews"] == pytest.approx(expected[BEST], abs=1e-3)
     assert found["accuracy"] == pytest.approx(accuracies(sentences)[BEST, "valid"][0])
+
+
+def test_task_transfer_as_a_command(sentences, tmp_path, capsys):
+    """Each model on each task: values as worked out apart, a table, a plot."""
+    expected = {}
+    for name in (BEST, LAST):
+        known, new = (features(sentences, name, split) for split in ("train", "valid"))
+        answers, wanted = (labels_of(sentences.folder, "CoLA", split) for split in ("train", "valid"))
+        linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(known, answers)
+        expected[name] = 100 * matthews_corrcoef(wanted, linear.predict(new))
+    checkpoints = [str(sentences.models.run / name) for name in (BEST, LAST)]
+    tasks = [str(sentences.folder / folder) for folder in ("transfer/CoLA", "data-bin")]
+    words = ["--names", "best", "last", "--tasks", *tasks, "--out", str(tmp_path), "--cpu"]
+    task_transfer.main([*checkpoints, *words])
+    lines = [line.split("\t") for line in (tmp_path / "transfer.tsv").read_text().splitlines()]
+    assert lines[0] == ["model", "task", "metric", "value"]
+    found = {(model, task, metric): float(value) for model, task, metric, value in lines[1:]}
+    assert {(model, task) for model, task, _ in found} == set(product(("best", "last"), ("CoLA", "RTE")))
+    for name, model in ((BEST, "best"), (LAST, "last")):
+        assert found[model, "CoLA", "matthews"] == pytest.approx(expected[name], abs=1e-3)
+    shown = capsys.readouterr()
+    assert f"| best | {expected[BEST]:.2f} |" in shown.out and "task transfer: 4 of 4" in shown.err
+    assert (tmp_path / "transfer.png").stat().st_size > 10_000
+
+
+def test_a_task_of_spans_is_no_task_to_transfer_to(sentences, tmp_path):
+    folder = tmp_path / "WiC"
+    shutil.copytree(sentences.folder / "transfer" / "CoLA", folder)
+    (folder / "glue.json").write_text(json.dumps({**json.loads((folder / "glue.json").read_text()), "task": "WiC"}))
+    with pytest.raises(ValueError, match="WiC is a task of span_prediction"):
+        task_transfer.main([str(sentences.models.run / BEST), "--tasks", str(folder), "--out", str(tmp_path), "--cpu"])
 
 
 # -- similarity of sentences -------------------------------------------------------------------------------------------
