@@ -63,6 +63,25 @@ class Trained:
             raise UserError(f"--bleu needs a model that translates, but {path} is of the task {self.cfg.task._name}")
         self.criterion = _plain_criterion(self.task, self.cfg.criterion)
 
+    def forget(self, seed: int) -> None:
+        """Put the model's weights back to before training: new ones.
+
+        Args:
+            seed: of the random weights.
+
+        Raises:
+            UserError: if training began with the weights of a pretrained model.
+        """
+        pretrained = self.cfg.checkpoint.finetune_from_model
+        if pretrained:
+            raise UserError(
+                f"--fresh is of models that were trained from random weights, but {self.path} began with "
+                f"those of {pretrained}; measure a checkpoint of its first epoch"
+            )
+        torch.manual_seed(seed)
+        model = self.task.build_model(self.cfg.model)
+        self.model = model.cuda() if self._use_cuda else model
+
     def batches(
         self,
         subset: str,

@@ -30,12 +30,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--least", type=float, default=LEAST, help="smallest ε; default %(default)g")
     parser.add_argument("--most", type=float, default=MOST, help="largest ε; default %(default)g")
     parser.add_argument("--per-decade", type=int, default=PER_DECADE, help="ε in a decade of the grid")
+    parser.add_argument("--fresh", action="store_true", help="of models with new weights (--seed), as before training")
     args = parser.parse_args(arguments)
     own = {axis: getattr(args, axis) for axis in ("norm", "scale", "granularity", "steps", "gradient")}
     method = Method.from_preset(args.method, **own)
     rows: list[dict[str, Any]] = []
     suggestions: dict[str, Suggestion] = {}
     for name, trained, batches in common.trained_models(args):
+        if args.fresh:
+            trained.forget(args.seed)
         suggestions[name] = suggest_epsilon(
             trained.probe(batches, method), fraction=args.fraction, least=args.least, most=args.most,
             per_decade=args.per_decade, progress=common.Progress(f"ε of {args.method} on {name}"),

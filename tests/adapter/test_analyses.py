@@ -262,6 +262,20 @@ def test_epsilon(checkpoints, tmp_path, capsys, method):
         runs.configuration(["data", *runs.common_flags(), *runs.TRANSLATION, *shown[0].split()[1:]])
 
 
+def test_epsilon_of_a_model_before_training(checkpoints, trained, translation_data, tmp_path):
+    """With the seed of the runs, both are the model that they began with."""
+    words = ["--fresh", "--seed", "3", "--num-batches", "1", "--max-tokens", "200", "--out", str(tmp_path)]
+    assert main(["epsilon", *checkpoints, *words]) == 0
+    rows = rows_of(tmp_path / "epsilon.tsv")
+    curves = [[row["perturbed loss"] for row in rows if row["model"] == model] for model in ("adam", "ga_sam")]
+    assert curves[0] == curves[1] and len(curves[0]) > 5
+    assert main(["epsilon", checkpoints[0], *words[1:]]) == 0
+    assert rows_of(tmp_path / "epsilon.tsv")[0]["loss"] != rows[0]["loss"]
+    flags = [*runs.TRANSLATION, "--finetune-from-model", checkpoints[0], "--optimizer", "adam", "--max-update", "1"]
+    runs.train(translation_data, tmp_path / "tuned", *flags)
+    assert main(["epsilon", str(tmp_path / "tuned" / "checkpoint_last.pt"), *words]) == 2
+
+
 def test_other_tasks(language_model_data, classification_data, tmp_path):
     """Perplexity of a language model, accuracy of a classifier."""
     small = ["--decoder-embed-dim", "16", "--decoder-hidden-size", "16", "--decoder-out-embed-dim", "16"]
