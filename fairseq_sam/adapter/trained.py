@@ -1,6 +1,7 @@
 """A trained model from a checkpoint, with its data and its loss: what the analyses measure."""
 
 import contextlib
+import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,9 @@ class Trained:
                 f"those of {pretrained}; measure a checkpoint of its first epoch"
             )
         torch.manual_seed(seed)
-        model = self.task.build_model(self.cfg.model)
+        takes_checkpoints = "from_checkpoint" in inspect.signature(self.task.build_model).parameters
+        options = {"from_checkpoint": True} if takes_checkpoints else {}  # as fairseq does
+        model = self.task.build_model(self.cfg.model, **options)
         self.model = model.cuda() if self._use_cuda else model
 
     def batches(

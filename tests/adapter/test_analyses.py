@@ -293,7 +293,7 @@ def test_other_tasks(language_model_data, classification_data, tmp_path):
         assert main(["spectrum", str(tmp_path / name / "checkpoint_last.pt"), *words]) == 0
         assert main([
             "epsilon", str(tmp_path / name / "checkpoint_last.pt"), "--num-batches", "1", "--max-tokens", "300",
-            "--out", str(tmp_path / name),
+            "--fresh", "--out", str(tmp_path / name),
         ]) == 0  # fmt: skip
 
 
