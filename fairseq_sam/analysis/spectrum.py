@@ -98,7 +98,8 @@ def fisher_eigenvalues(
 
     ``F = sum_i g_i g_i' / sum_i c_i``, with the gradient g_i of the summed loss and the weight c_i of instance i. For a
     loss in nats F equals its Hessian where the model's probabilities are those of the data (the assumption of Pascanu
-    and Bengio 2013 that GA-SAM 5.3 makes); one in bits has an F that is 1 / ln 2 times too large for that. F has at most as many eigenvalues above 0 as there are instances;
+    and Bengio 2013 that GA-SAM 5.3 makes); one in bits has an F that is 1 / ln 2 times too large for that. F has
+    at most as many eigenvalues above 0 as there are instances;
     they are those of the instances' Gram matrix.
 
     Args:
