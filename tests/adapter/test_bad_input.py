@@ -143,7 +143,8 @@ CASES = {
 }
 # What is refused while fairseq parses the command line, mostly by fairseq itself.
 PARSED = {
-    "a word for a number": (["--sam-epsilon", "large"], "argument --sam-epsilon: invalid float value: 'large'"),
+    "a word for a number": (["--sam-asam-eta", "large"], "argument --sam-asam-eta: invalid float value: 'large'"),
+    "a word for the radius": (["--sam-epsilon", "large"], "--sam-epsilon) must be a number >= 0, or auto, got 'large'"),
     "half a step": (["--sam-steps", "1.5"], "argument --sam-steps: invalid int value: '1.5'"),
     "unknown flag": (["--sam-rho", "0.05"], "unrecognized arguments: --sam-rho 0.05"),
     "unknown preset": (["--optimizer", "sma"], "argument --optimizer: invalid choice: 'sma'"),
