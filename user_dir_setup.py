@@ -49,8 +49,8 @@ BUILD_REQUIREMENTS = ("setuptools>=77", "wheel", "cython", "numpy")
 # fairseq 0.12.2 asks for omegaconf 2.0, whose metadata pip 24.1 and newer refuse.
 BUILD_REQUIREMENTS_PYTHON_3_10 = ("pip<24.1",)
 SHOWN_PACKAGES = (
-    "hessian-eigenthings", "hydra-core", "omegaconf", "numpy", "matplotlib", "PyYAML", "rouge-score", "sacrebleu", "sacremoses", "safetensors",
-    "scikit-learn", "scipy", "sentencepiece", "subword-nmt", "tokenizers",
+    "hessian-eigenthings", "hydra-core", "omegaconf", "numpy", "matplotlib", "PyYAML", "rouge-score", "sacrebleu",
+    "sacremoses", "safetensors", "scikit-learn", "scipy", "sentencepiece", "subword-nmt", "tokenizers",
 )  # fmt: skip
 TEST_PACKAGES = (
     "curvlinops-for-pytorch", "fairscale", "pytest", "pytest-xdist", "hypothesis", "pytorch_optimizer", "ruff", "mypy",
