@@ -59,7 +59,8 @@ TEST_PACKAGES = (
 # curvlinops, whose Hessian tests compare with, asks for backpack, which asks for torchvision, whose newest release
 # replaces torch. None of them is needed for it, so that these come without what they ask for.
 TEST_PACKAGES_ALONE = (
-    "curvlinops-for-pytorch>=3", "backpack-for-pytorch>=1.7", "einconv>=0.1", "einops>=0.8", "unfoldNd>=0.2",
+    "curvlinops-for-pytorch>=3", "backpack-for-pytorch>=1.7", "einconv>=0.1", "einops>=0.8", "linear_operator>=0.6",
+    "opt_einsum>=3.4", "unfoldNd>=0.2",
 )  # fmt: skip
 ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 

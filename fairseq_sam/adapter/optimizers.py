@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fairseq_sam._version import __version__
 from fairseq_sam.adapter.errors import CheckpointError, ConfigurationError
+from fairseq_sam.adapter.radius import UPDATES, forget_others, settings_of
 from fairseq_sam.analysis.epsilon import FRACTION
 from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import PRESETS, Method, flag
@@ -244,6 +245,13 @@ def rise_of(name: str, cfg: Any) -> float | None:
             )
     if rise is not None and not 0 < rise < math.inf:
         raise ValueError(f"rise (--sam-rise) must be a finite number > 0, got {rise}")
+    start, end, interval = (getattr(cfg, f"sam_{axis}", None) for axis in ("start_update", "end_update", "interval"))
+    least = int(start or 0) + UPDATES * int(interval or PRESETS[name].interval) + 1
+    if end is not None and end < least:
+        raise ValueError(
+            f"{flag('end_update')} {end} leaves no sharpness-aware update: --sam-epsilon {AUTO} measures the radius in "
+            f"{UPDATES} plain ones; it must be at least {least}, or give a number for --sam-epsilon"
+        )
     return FRACTION if rise is None else float(rise)
 
 
@@ -336,6 +344,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.epoch = 1
         self.logged: set[str] = set()  # what sharpness-aware updates have logged in this run
         self.has_warned_of_rounding = False
+        self.has_warned_of_search = False
         self.num_ascents = 0
         self.num_skipped = 0
         self._before_update: tuple[dict[str, Any], int, int] | None = None  # until the base has updated the weights
@@ -506,6 +515,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.num_ascents = own.get("num_ascents", 0)
         self.num_skipped = own.get("num_skipped", 0)
         self.memory.load_state_dict(own)
+        if self.rise is not None:
+            forget_others(self.memory, settings_of(self._method, self.rise))
 
 
 def checked_state(state: Any) -> dict[str, Any]:
@@ -549,6 +560,12 @@ def checked_state(state: Any) -> dict[str, Any]:
             )
     search = state.get("search", {})
     radii, epsilon = search.get("radii", []), search.get("epsilon")
+    settings = search.get("searched_with", {})
+    if not isinstance(settings, dict) or not all(isinstance(v, str | int | float | None) for v in settings.values()):
+        raise CheckpointError(
+            f"the checkpoint's {STATE_KEY} state is not what fairseq_sam writes: what its radius was searched for with "
+            f"is {settings!r}; take another checkpoint, or {remedy}"
+        )
     numbers = [*(radii if isinstance(radii, list) else [None]), *([] if epsilon is None else [epsilon])]
     if not all(isinstance(number, float) and not number <= 0 and number != math.inf for number in numbers):
         raise CheckpointError(

@@ -29,7 +29,7 @@ from fairseq_sam.adapter.batches import (
 from fairseq_sam.adapter.embeddings import word_embeddings
 from fairseq_sam.adapter.errors import ConfigurationError
 from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer, peak_learning_rate, unwrap
-from fairseq_sam.adapter.radius import search
+from fairseq_sam.adapter.radius import search, settings_of
 from fairseq_sam.adapter.slicing import Slicer
 from fairseq_sam.adapter.workers import slowmo, torch_ddp, without_reduction
 from fairseq_sam.analysis.epsilon import Probe, Rises, loss_rise, probe_of, with_epsilon
@@ -121,6 +121,7 @@ class SharpnessAwareTrainStep:
         peak = peak_learning_rate(self._trainer.cfg)
         self._method = self._optimizer.method.with_peak(peak).at(self._trainer.get_lr())
         self._searches = self._optimizer.searches_radius
+        self._search_passes = 0.0  # of the search for the radius in this update
         self._step: SharpnessAwareStep[Any] | None = None
         self._clean: Passes | None = None
         self._prepared: list[tuple[Any, bool]] | None = None
@@ -165,7 +166,7 @@ class SharpnessAwareTrainStep:
         update_num = self._call.update_num
         if self._index >= len(self._samples):  # fairseq looks for the module in which a NaN came up
             return batch.run()
-        if self._searches and self._index == 0 and self._method.is_active(self._optimizer.epoch, update_num):
+        if self._searches and self._index == 0:
             self._search(update_num)
         if not self._is_active():
             return self._step_between(batch, update_num)
@@ -217,7 +218,7 @@ class SharpnessAwareTrainStep:
 
     def _step_between(self, batch: MicroBatch, update_num: int) -> Pass:
         """A plain step, or one with the sharpness component of the last sharpness-aware update."""
-        metrics.log_scalar("sam_passes", 1, weight=1, round=2)
+        metrics.log_scalar("sam_passes", 1 + self._search_passes, weight=1, round=2)
         if self._optimizer.logged:  # of weight 0: a log line of plain updates alone shows numbers and not None
             self._log_skipped()
             for key in self._optimizer.logged:
@@ -328,10 +329,20 @@ class SharpnessAwareTrainStep:
             return squared_gradients((), self._space, unit)
 
     def _search(self, update_num: int) -> None:
-        """Measure the radius on this update's micro-batches, those of all workers together."""
+        """Measure the radius on this update's micro-batches, those of all workers together, if it is due."""
+        if self._method.has_ended(self._optimizer.epoch, update_num) and not self._optimizer.has_warned_of_search:
+            self._optimizer.has_warned_of_search = True
+            logger.warning(
+                "--sam-epsilon auto: the last sharpness-aware update (--sam-end-epoch, --sam-end-update) came before "
+                "the radius was found, so that none was; let it end later, or give a number for --sam-epsilon"
+            )
+        if not self._method.is_active(self._optimizer.epoch, update_num):
+            return
         self._refresh_mask(update_num)
         try:
-            search(self._optimizer.memory, self._probe(), float(self._optimizer.rise or 0.0))
+            settings = settings_of(self._optimizer.method, float(self._optimizer.rise or 0.0))
+            probes = search(self._optimizer.memory, self._probe(), settings)
+            self._search_passes = probes * (1.0 + with_epsilon(self._method, 1.0).passes)
         except RuntimeError as error:
             if self._raise_oom or not is_out_of_memory(error) or self._trainer.data_parallel_world_size == 1:
                 raise

@@ -24,6 +24,9 @@ SummedLoss = Callable[[Any], float]
 FRACTION = 0.1
 LEAST, MOST = 1e-7, 100.0
 PER_DECADE = 4
+NEGLIGIBLE = 0.03  # share of the wanted rise up to which radii grow by decades
+TOLERANCE = 0.05  # how far off the wanted rise, as a share of it, the suggestion may be
+MOST_REFINEMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,20 @@ class Suggestion:
     """A radius, and the curve that it was read from.
 
     Attributes:
-        epsilon: where the relative rise reaches the fraction; None if it does not within the range.
+        found: what was measured at the smallest radius where the relative rise reaches the fraction, as near to it as
+            the search came; None if it does not within the range.
         fraction: the wanted relative rise.
-        curve: what was measured, by growing radius.
+        curve: all that was measured, by growing radius.
     """
 
-    epsilon: float | None
+    found: Rise | None
     fraction: float
     curve: tuple[Rise, ...]
+
+    @property
+    def epsilon(self) -> float | None:
+        """The radius that was found."""
+        return None if self.found is None else self.found.epsilon
 
 
 def suggest_epsilon(
@@ -72,21 +81,24 @@ def suggest_epsilon(
     per_decade: int = PER_DECADE,
     progress: Progress = unseen,
 ) -> Suggestion:
-    """Find the radius at which a method's perturbation raises the loss by a fraction of it.
+    """Find the smallest radius at which a method's perturbation raises the loss by a fraction of it.
 
-    The radius grows by decades until the rise is reached, then the grid is refined in the decade before. Between two
-    radii the rise is taken to be a power of epsilon.
+    The radius grows by decades while the rise is a small share of the wanted one, where it is as good as linear, then
+    on a finer grid until the wanted rise is reached; a rise that falls again behind that is not looked at. Between the
+    last two radii the search goes on until a radius is met whose rise, as it was measured, is within 5 % of the wanted
+    one.
 
     Args:
         probe: see ``Probe``; ``method_probe`` makes one.
         fraction: wanted rise, as a fraction of the loss, > 0.
         least: smallest radius, > 0.
         most: largest radius, >= `least`.
-        per_decade: radii in a decade of the grid, >= 1.
-        progress: called after each radius; the total is the most that may be needed.
+        per_decade: radii in a decade of the finer grid, >= 1.
+        progress: called after each radius; the total is an estimate until the last call.
 
     Returns:
-        The suggestion; without an `epsilon` if the rise at `least` is too large already or that at `most` too small.
+        The suggestion; without a radius if the rise at `least` is too large already or that at `most` too small, or
+        the loss is not finite where it has not risen before.
 
     Raises:
         ValueError: if a value is out of range, or the loss is not a finite number > 0.
@@ -98,35 +110,62 @@ def suggest_epsilon(
         raise ValueError(f"most must be at least least = {least!r}, got {most!r}")
     if isinstance(per_decade, bool) or not isinstance(per_decade, int) or per_decade < 1:
         raise ValueError(f"per_decade must be an integer >= 1, got {per_decade!r}")
-    decades = [least * 10**k for k in range(math.floor(math.log10(most / least) + 1e-9) + 1)]
-    decades += [most] if most > decades[-1] * (1 + 1e-9) else []
-    total = len(decades) + per_decade - 1
-    found: dict[float, Rise] = {}
+    curve: list[Rise] = []
+    estimate = math.ceil(math.log10(most / least)) + 1 + per_decade
 
     def measure(epsilon: float) -> Rise:
-        found[epsilon] = Rise(epsilon, *probe(epsilon))
-        if not (math.isfinite(found[epsilon].loss) and found[epsilon].loss > 0):
-            raise ValueError(
-                f"the loss must be a finite number > 0, got {found[epsilon].loss!r} at the unperturbed weights"
-            )
-        progress(len(found), max(total, len(found)))
-        return found[epsilon]
+        rise = Rise(epsilon, *probe(epsilon))
+        if not (math.isfinite(rise.loss) and rise.loss > 0):
+            raise ValueError(f"the loss must be a finite number > 0, got {rise.loss!r} at the unperturbed weights")
+        curve.append(rise)
+        progress(len(curve), max(estimate, len(curve) + 1))
+        return rise
 
-    def reached(rise: Rise) -> bool:
-        return rise.relative >= fraction
+    below, above = _bracket(measure, fraction, least, most, per_decade)
+    found = _refined(measure, below, above, fraction) if below and above else None
+    progress(len(curve), len(curve))
+    return Suggestion(found, fraction, tuple(sorted(curve, key=lambda rise: rise.epsilon)))
 
-    for place, epsilon in enumerate(decades):
-        if reached(measure(epsilon)):
-            if place:
-                span = epsilon / decades[place - 1]
-                for k in range(1, per_decade):
-                    measure(decades[place - 1] * span ** (k / per_decade))
+
+def _bracket(
+    measure: Callable[[float], Rise], fraction: float, least: float, most: float, per_decade: int
+) -> tuple[Rise | None, Rise | None]:
+    """Two neighbouring radii, the first that reaches the rise and the one before; None where there is none."""
+    fine, coarse = 10 ** (1 / per_decade), 10.0
+    below, ahead, epsilon, factor = None, None, least, coarse
+    while True:
+        is_known = ahead is not None and math.isclose(epsilon, ahead.epsilon, rel_tol=1e-6)
+        rise = ahead if ahead is not None and is_known else measure(epsilon)
+        is_small = abs(rise.relative) <= NEGLIGIBLE * fraction
+        if factor == coarse > fine and below is not None and not is_small:  # through this decade again, finer
+            ahead, factor, epsilon = rise, fine, below.epsilon * fine
+            continue
+        if rise.relative >= fraction:
+            return below, rise
+        if epsilon >= most:
+            return rise, None
+        factor = coarse if is_small and factor == coarse else fine
+        below, epsilon = rise, min(epsilon * factor, most)
+
+
+def _refined(measure: Callable[[float], Rise], below: Rise, above: Rise, fraction: float) -> Rise | None:
+    """Narrow the two ends until one has the wanted rise, or hardly differs from the other."""
+
+    def distance(rise: Rise) -> float:
+        """From the wanted rise, in logarithms; of no use is an end where the loss falls or is not finite."""
+        return abs(math.log(rise.relative / fraction)) if 0 < rise.relative < math.inf else math.inf
+
+    for _ in range(MOST_REFINEMENTS):
+        if min(distance(below), distance(above)) <= math.log1p(TOLERANCE):
             break
-    curve = tuple(found[epsilon] for epsilon in sorted(found))
-    above = next((i for i, rise in enumerate(curve) if reached(rise)), None)
-    progress(total, total)
-    epsilon_found = None if not above else _between(curve[above - 1], curve[above], fraction)
-    return Suggestion(epsilon_found, fraction, curve)
+        share = 0.5
+        if 0 < below.relative and above.relative < math.inf:  # between two radii a power of epsilon, but not too near
+            share = math.log(fraction / below.relative) / math.log(above.relative / below.relative)
+            share = min(max(share, 0.1), 0.9)
+        middle = measure(below.epsilon * (above.epsilon / below.epsilon) ** share)
+        below, above = (below, middle) if middle.relative >= fraction else (middle, above)
+    nearest = min(below, above, key=distance)
+    return nearest if distance(nearest) < math.inf else None
 
 
 def method_probe(
@@ -276,13 +315,3 @@ def _with_mask(method: Method, space: ParameterSpace, batches: Sequence[Batch[An
             break
         memory.add_squares(method, space, fisher_information(space, batch, wanted, 1.0, str(number)))
     return memory
-
-
-def _between(below: Rise, above: Rise, fraction: float) -> float:
-    """Interpolate in logarithms; the nearer end where one of the rises has none."""
-    if not below.relative > 0:
-        return above.epsilon
-    if not math.isfinite(above.relative):
-        return below.epsilon
-    place = math.log(fraction / below.relative) / math.log(above.relative / below.relative)
-    return float(below.epsilon * (above.epsilon / below.epsilon) ** place)

@@ -25,6 +25,7 @@ class Memory:
     Attributes:
         radii: what a search for the radius has found, in each update in which it measured; NaN where it found none.
         epsilon: the radius that the search has ended with; None before, or without a search.
+        searched_with: settings of the search: names and numbers, words or None.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class Memory:
         self.component: Named | None = None
         self.radii: tuple[float, ...] = ()
         self.epsilon: float | None = None
+        self.searched_with: dict[str, Any] = {}
         self._sums: Named | None = None
         self._num_instances = 0
         self._mask_update = 0  # update in which the collection began
@@ -118,7 +120,9 @@ class Memory:
         if self.component is not None:
             state["component"] = self.component
         if self.radii:
-            state["search"] = {"radii": list(self.radii), "epsilon": self.epsilon}
+            state["search"] = {
+                "radii": list(self.radii), "epsilon": self.epsilon, "searched_with": dict(self.searched_with),
+            }  # fmt: skip
         if self.mask is not None:
             state["fisher"] = {
                 "mask": self.mask,
@@ -132,6 +136,7 @@ class Memory:
         """Load what ``state_dict`` returned; what is missing starts anew."""
         fisher, search = state.get("fisher", {}), state.get("search", {})
         self.radii, self.epsilon = tuple(search.get("radii", ())), search.get("epsilon")
+        self.searched_with = dict(search.get("searched_with", {}))
         self.component = _copied(state.get("component"))
         self.mask, self._sums = _copied(fisher.get("mask")), _copied(fisher.get("sums"))
         self._num_instances = int(fisher.get("num_instances", 0))

@@ -1,6 +1,8 @@
 """``--sam-epsilon auto``: what the run finds, when, and that nothing else is changed by it."""
 
+import dataclasses
 import math
+import statistics
 
 import pytest
 import torch
@@ -10,11 +12,11 @@ pytest.importorskip("fairseq")
 
 from fairseq.logging import metrics
 
-from fairseq_sam import PRESETS
-from fairseq_sam.adapter import radius
+from fairseq_sam import PRESETS, Method
+from fairseq_sam.adapter import radius, seam
 from fairseq_sam.adapter.errors import CheckpointError, ConfigurationError
 from fairseq_sam.adapter.optimizers import AUTO, checked_state, unwrap
-from fairseq_sam.adapter.radius import search
+from fairseq_sam.adapter.radius import search, settings_of
 from fairseq_sam.core.memory import Memory
 from tests.adapter import runs
 
@@ -45,7 +47,7 @@ def test_as_if_the_user_had_given_what_was_found(translation_data, tmp_path, pre
     found = runs.train(translation_data, tmp_path / "auto", *flags, "--sam-epsilon", AUTO)
     state = state_of(found)["search"]
     assert len(state["radii"]) == UPDATES and all(0 < each < math.inf for each in state["radii"])
-    assert state["epsilon"] == pytest.approx(math.prod(state["radii"]) ** (1 / UPDATES), rel=1e-9)
+    assert state["epsilon"] == pytest.approx(math.exp(statistics.median(map(math.log, state["radii"]))), rel=1e-9)
     if preset == "fisher_sam":
         return  # its mask is collected while it measures: from other batches than those of a later start
     given = runs.train(
@@ -123,25 +125,134 @@ def test_a_ball_that_the_radius_of_the_preset_is_a_part_of():
     assert PRESETS["sam"].with_radius(0.5).epsilon_min is None
 
 
+SETTINGS = settings_of(PRESETS["sam"], 0.1)
+
+
 def test_updates_that_find_nothing(monkeypatch):
-    """One is left out; where none finds a radius the run ends and says what to change."""
+    """Half of them may; where more find no radius the run ends and says what to change."""
     monkeypatch.setattr(radius, "UPDATES", 4)
     memory = Memory()
-    search(memory, lambda epsilon: (math.nan, 1.0), 0.1)
-    search(memory, lambda epsilon: (1.0, 1.0), 0.1)
+    search(memory, lambda epsilon: (math.nan, 1.0), SETTINGS)
+    search(memory, lambda epsilon: (1.0, 1.0), SETTINGS)
     assert len(memory.radii) == 2 and all(map(math.isnan, memory.radii)) and memory.epsilon is None
     for _ in range(2):
-        search(memory, lambda epsilon: (1.0, 1.0 + epsilon), 0.1)
+        search(memory, lambda epsilon: (1.0, 1.0 + epsilon), SETTINGS)
     assert memory.epsilon == pytest.approx(0.1)
     lost = Memory()
-    with pytest.raises(ConfigurationError, match=r"no radius from 1e-07 to 100 .* rises by 0.1 .*--sam-rise"):
-        for _ in range(4):
-            search(lost, lambda epsilon: (1.0, 1.0), 0.1)
+    search(lost, lambda epsilon: (1.0, 1.0 + epsilon), SETTINGS)
+    with pytest.raises(ConfigurationError, match=r"from 1e-07 to 100 .* rises by 0.1 .* only 1 of 4 .*--sam-rise"):
+        for _ in range(3):
+            search(lost, lambda epsilon: (1.0, 1.0), SETTINGS)
 
 
-@pytest.mark.parametrize("search", [{"radii": "many"}, {"radii": [0.1, -1.0]}, {"radii": [], "epsilon": "x"}, [0.1]])
+def test_the_median_counts(monkeypatch, caplog):
+    """An update whose loss hardly rises does not move the radius, but is told of."""
+    monkeypatch.setattr(radius, "UPDATES", 3)
+    memory = Memory()
+    with caplog.at_level("INFO", logger="fairseq_sam"):
+        for slope in (1e-3, 2.0, 1.0):
+            search(memory, lambda epsilon, slope=slope: (1.0, 1.0 + slope * epsilon), SETTINGS)
+    assert memory.radii == pytest.approx((100.0, 0.05, 0.1)) and memory.epsilon == pytest.approx(0.1)
+    assert "raises the loss of the last one's batch by 0.1 of it" in caplog.text
+    assert "do not agree, they have found radii from 0.05 to 100" in caplog.text
+    caplog.clear()
+    for _ in range(3):
+        search(Memory(), lambda epsilon: (1.0, 1.0 + epsilon), SETTINGS)
+    assert "agree" not in caplog.text
+
+
+@pytest.mark.parametrize("slope", [1.0, 1e-3, 1e3, 1e5])
+def test_later_updates_begin_near_earlier_ones(monkeypatch, slope):
+    """With fewer probes, and with the same result wherever that is."""
+    monkeypatch.setattr(radius, "UPDATES", 9)
+    memory = Memory()
+    first = search(memory, lambda epsilon: (1.0, 1.0 + epsilon), SETTINGS)
+    second = search(memory, lambda epsilon: (1.0, 1.0 + epsilon), SETTINGS)
+    third = search(memory, lambda epsilon: (1.0, 1.0 + slope * epsilon), SETTINGS)
+    assert second < first and third < 2 * first
+    assert memory.radii == pytest.approx((0.1, 0.1, 0.1 / slope), rel=0.05)
+
+
+def test_what_the_radius_depends_on():
+    """Every axis of a method is among them, or has no part in the perturbation or its radius."""
+    apart = {
+        "name", "epsilon", "epsilon_min", "lr_max", "lr_min", "start_epoch", "start_update", "end_epoch", "end_update",
+        "interval", "between", "look_alpha", "gsam_alpha", "esam_gamma", "mask_interval", "fisher_samples",
+    }  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(Method)}
+    assert set(radius.AXES) | apart == fields and not set(radius.AXES) & apart
+
+
+@pytest.mark.parametrize(
+    ("flags", "anew"),
+    [
+        ([], False),
+        (["--sam-interval", "2"], False),
+        (["--sam-norm", "l2"], True),
+        (["--sam-rise", "0.2"], True),
+        (["--sam-steps", "1"], True),
+        (["--sam-scope", "update"], True),
+    ],
+)
+def test_resumed_with_other_flags(translation_data, tmp_path, caplog, flags, anew):
+    """A radius that was found for another ball is not used."""
+    own = [*FLAGS, "--optimizer", "ga_sam", "--sam-norm", "linf", "--sam-epsilon", AUTO]
+    found = runs.train(translation_data, tmp_path, *own, "--max-update", "2")
+    trainer, _ = runs.build_trainer(translation_data, *own, *flags)
+    unwrap(trainer.optimizer).load_state_dict(found["last_optimizer_state"])
+    assert unwrap(trainer.optimizer).searches_radius == anew
+    assert ("searched for anew" in caplog.text) == anew
+    if flags:
+        assert not anew or f"{flags[0]} " in caplog.text
+
+
+def test_the_passes_of_the_search_are_counted(translation_data, monkeypatch):
+    """Each probe is a pass at the weights, then those of a step."""
+    probes = []
+
+    def counting(probe_of):
+        def made(*args):
+            probe = probe_of(*args)
+            return lambda epsilon: probes.append(epsilon) or probe(epsilon)
+
+        return made
+
+    monkeypatch.setattr(seam, "probe_of", counting(seam.probe_of))
+    trainer, batches = runs.build_trainer(
+        translation_data, *FLAGS, "--optimizer", "ga_sam", "--sam-epsilon", AUTO, "--sam-steps", "2"
+    )
+    with runs.quiet(), metrics.aggregate(new_root=True) as logged:
+        trainer.train_step(batches[:2])
+    assert logged.get_smoothed_values()["sam_passes"] == 1 + 4 * len(probes) > 20
+
+
+def test_a_method_that_ends_before_it_has_a_radius(translation_data, tmp_path, caplog):
+    flags = [*FLAGS, "--optimizer", "sam", "--sam-epsilon", AUTO, "--max-update", "4"]
+    with pytest.raises(ConfigurationError, match=r"--sam-end-update\) 8 leaves no .* at least 9, or give a number"):
+        runs.train(translation_data, tmp_path / "a", *flags, "--sam-end-update", "8")
+    with pytest.raises(ConfigurationError, match=r"--sam-end-update\) 20 leaves no .* at least 29"):
+        runs.train(
+            translation_data, tmp_path / "a", *flags, "--sam-end-update", "20", "--sam-start-update", "4",
+            "--sam-interval", "3",
+        )  # fmt: skip
+    monkey = [*flags[:-1], "8", "--sam-end-epoch", "1"]
+    runs.train(translation_data, tmp_path / "b", *monkey)
+    assert caplog.text.count("came before the radius was found") == 0
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"radii": "many"},
+        {"radii": [0.1, -1.0]},
+        {"radii": [], "epsilon": "x"},
+        [0.1],
+        {"searched_with": [1]},
+        {"searched_with": {"norm": [2]}},
+    ],
+)
 def test_damaged_states(search):
-    with pytest.raises(CheckpointError, match=r"search|radii of its search"):
+    with pytest.raises(CheckpointError, match=r"search|radii of its search|searched for with"):
         checked_state({"search": search})
 
 
