@@ -229,6 +229,12 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return "out of memory" in str(error)
 
 
+def summed_loss(result: Pass | Passes) -> float:
+    """Return the sum of the losses of a pass over a micro-batch or an update; 0 of a dummy."""
+    passes = list(result.results.values()) if isinstance(result, Passes) else [result]
+    return sum(float(each.loss) for each in passes if float(each.sample_size))
+
+
 def without_counts(result: Pass) -> Pass:
     """Return a result that adds nothing to any sum."""
     output = {key: _scaled(value, 0) for key, value in result.logging_output.items()}

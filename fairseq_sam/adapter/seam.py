@@ -24,6 +24,7 @@ from fairseq_sam.adapter.batches import (
     is_out_of_memory,
     joined,
     resized,
+    summed_loss,
     without_counts,
 )
 from fairseq_sam.adapter.embeddings import word_embeddings
@@ -361,7 +362,7 @@ class SharpnessAwareTrainStep:
             return [
                 loss_rise(
                     with_epsilon(self._method, epsilon), self._space, batch, ascent_gradient,
-                    memory=self._optimizer.memory, embeddings=self._embeddings(), summed_loss=_summed_loss,
+                    memory=self._optimizer.memory, embeddings=self._embeddings(), summed_loss=summed_loss,
                 )
                 for batch in batches
             ]  # fmt: skip
@@ -552,12 +553,6 @@ class SharpnessAwareTrainStep:
 
     def _log_skipped(self) -> None:
         metrics.log_scalar("sam_skipped", self._optimizer.num_skipped, weight=0)
-
-
-def _summed_loss(result: Pass | Passes) -> float:
-    """Sum of the losses; 0 of a dummy."""
-    passes = list(result.results.values()) if isinstance(result, Passes) else [result]
-    return sum(_value(each.loss) for each in passes if float(each.sample_size))
 
 
 def _bits(result: Pass) -> float:

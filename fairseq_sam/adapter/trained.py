@@ -13,7 +13,7 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from fairseq_sam.adapter.batches import Call, MicroBatch
+from fairseq_sam.adapter.batches import Call, MicroBatch, UpdateBatch, summed_loss
 from fairseq_sam.adapter.embeddings import word_embeddings
 from fairseq_sam.adapter.errors import UserError
 from fairseq_sam.adapter.slicing import Slicer
@@ -131,23 +131,41 @@ class Trained:
         loss, sample_size, _ = self.criterion(model, batch)
         return loss / math.log(2), float(sample_size)
 
-    def probe(self, batches: Sequence[Any], method: Method) -> Probe:
-        """Return a probe of a method's perturbation in training: with the run's criterion, dropout and micro-batches.
+    @property
+    def batch_limits(self) -> dict[str, int | None]:
+        """The largest tokens and sentences of a micro-batch in training, as options of ``batches``."""
+        dataset = self.cfg.dataset
+        return {"max_tokens": dataset.max_tokens, "batch_size": dataset.batch_size}
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of an update in training, at its end, those of all workers together."""
+        workers = int(self.cfg.distributed_training.distributed_world_size or 1)
+        return int(self.cfg.optimization.update_freq[-1]) * workers
+
+    def probe(self, batches: Sequence[Any], method: Method, micro_batches: int | None = None) -> Probe:
+        """Return a probe of a method's perturbation in training: with the run's criterion and dropout.
 
         Args:
             batches: from ``batches``.
             method: the method; its `epsilon` is replaced.
+            micro_batches: how many batches make an update and, with the scope ``update``, share a perturbation;
+                default that of training.
         """
         criterion = self.task.build_criterion(self.cfg.criterion)
         backward, slicer = Backward(), Slicer(self.task)
         call = Call(self.task.train_step, self.model, criterion, backward, 0, {}, slicer, contextlib.nullcontext)
         embeddings = word_embeddings(self.model, self.task) if method.where == "embeddings" else None
+        micro = [MicroBatch(call, batch) for batch in batches]
+        size = micro_batches or self.micro_batches
+        updates = [micro[start : start + size] for start in range(0, len(micro), size)]
+        grouped: list[Any] = [UpdateBatch(dict(enumerate(u))) for u in updates] if method.scope == "update" else micro
         return method_probe(
             self.model,
-            [MicroBatch(call, batch) for batch in batches],
+            grouped,
             method,
             embeddings=embeddings,
-            summed_loss=lambda result: float(result.loss) / math.log(2),
+            summed_loss=lambda result: summed_loss(result) / math.log(2),
             modules={"": self.model, "criterion": criterion},
         )
 

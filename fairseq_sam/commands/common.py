@@ -15,20 +15,25 @@ import torch
 SHOWN_EVERY = 10.0  # seconds between two lines of progress where the output is no terminal
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
+def parser(command: str, description: str, max_tokens: int | None = 4000) -> argparse.ArgumentParser:
     """Return a parser with what every command on checkpoints takes.
 
     Args:
         command: its name.
         description: what it does.
+        max_tokens: default size of a batch; None for that of the training.
     """
+    size = "as in training" if max_tokens is None else max_tokens
     made = argparse.ArgumentParser(prog=f"fairseq-sam {command}", description=description, allow_abbrev=False)
     made.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints of fairseq, to be compared in one plot")
     made.add_argument("--names", nargs="+", help="names of the models in tables and plots; default their folders'")
     made.add_argument("--data", help="folder of the data (data-bin); default the one that each checkpoint names")
     made.add_argument("--subset", default="valid", help="split of the data; default valid")
-    made.add_argument("--max-tokens", type=int, default=4000, help="size of a batch, padding included; default 4000")
-    made.add_argument("--batch-size", type=int, help="sentences in a batch; default no limit")
+    made.add_argument(
+        "--max-tokens", type=int, default=max_tokens, help=f"size of a batch, padding included; default {size}"
+    )
+    limit = "as in training" if max_tokens is None else "no limit"
+    made.add_argument("--batch-size", type=int, help=f"sentences in a batch; default {limit}")
     made.add_argument("--num-batches", type=int, help="batches, chosen at random; default all of the split")
     made.add_argument("--seed", type=int, default=1, help="of what is random; default 1")
     made.add_argument("--out", type=Path, required=True, help="folder for the tables (.tsv) and the plots (.png)")
@@ -68,12 +73,21 @@ def trained_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[s
     Yields:
         Name, ``Trained`` and batches.
     """
+    for name, trained in loaded_models(args, **options):
+        yield name, trained, batches_of(args, trained)
+
+
+def loaded_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[str, Any]]:
+    """Load the models as ``trained_models``, without batches.
+
+    Yields:
+        Name and ``Trained``.
+    """
     from fairseq_sam.adapter.trained import Trained
 
     for name, path in zip(model_names(args.checkpoints, args.names), args.checkpoints, strict=True):
         torch.manual_seed(args.seed)
-        trained = Trained(path, args.data, cpu=args.cpu, **options)
-        yield name, trained, batches_of(args, trained)
+        yield name, Trained(path, args.data, cpu=args.cpu, **options)
 
 
 def batches_of(args: argparse.Namespace, trained: Any, **changed: Any) -> list[Any]:
@@ -84,10 +98,11 @@ def batches_of(args: argparse.Namespace, trained: Any, **changed: Any) -> list[A
         trained: the model.
         changed: options of ``Trained.batches`` other than the command line's.
     """
-    chosen = {
-        "max_tokens": args.max_tokens, "batch_size": args.batch_size, "number": args.num_batches, "seed": args.seed,
-    }  # fmt: skip
-    found: list[Any] = trained.batches(**{"subset": args.subset, **chosen, **changed})
+    limits = {"max_tokens": args.max_tokens, "batch_size": args.batch_size}
+    if not any(limits.values()):
+        limits = trained.batch_limits
+    chosen = {"subset": args.subset, "number": args.num_batches, "seed": args.seed, **limits}
+    found: list[Any] = trained.batches(**{**chosen, **changed})
     return found
 
 

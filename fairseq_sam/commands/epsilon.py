@@ -1,8 +1,10 @@
 """``fairseq-sam epsilon``: how much the loss rises against ε, and the ε at which it rises by a wanted fraction.
 
-The perturbation is that of a training step of the method: each batch has its own, with dropout. Prints the flags.
+The perturbation is that of a training step of the method: with dropout, on batches as large as in training, each with
+its own. Prints the flags.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from fairseq_sam.commands import common
 from fairseq_sam.core.method import SUMMARIES, Method
 
 NUM_BATCHES = 8
+AXES = ("norm", "scale", "granularity", "steps", "gradient", "scope")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint; write ``epsilon.tsv`` and ``epsilon.png``, and print the flags."""
-    parser = common.parser("epsilon", " ".join((__doc__ or "").split()))
+    parser = common.parser("epsilon", " ".join((__doc__ or "").split()), max_tokens=None)
     parser.set_defaults(subset="train", num_batches=NUM_BATCHES)
     parser.add_argument("--method", choices=list(SUMMARIES), default="sam", help="the preset; default sam")
     parser.add_argument("--norm", help="l2, linf or a number > 1; default the preset's")
@@ -26,21 +29,31 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--granularity", help="of T; default the preset's")
     parser.add_argument("--steps", type=int, help="ascent steps K; default the preset's")
     parser.add_argument("--gradient", help="unit of the gradient that T sees, mean or sum; default the preset's")
+    parser.add_argument("--scope", help="what shares a perturbation, microbatch or update; default the preset's")
+    parser.add_argument(
+        "--update-freq", type=int,
+        help="batches of an update, all workers', which with --scope update share a perturbation; default as in "
+        "training. --num-batches counts such updates then",
+    )  # fmt: skip
     parser.add_argument("--fraction", type=float, default=FRACTION, help="wanted rise / loss; default %(default)s")
     parser.add_argument("--least", type=float, default=LEAST, help="smallest ε; default %(default)g")
     parser.add_argument("--most", type=float, default=MOST, help="largest ε; default %(default)g")
     parser.add_argument("--per-decade", type=int, default=PER_DECADE, help="ε in a decade of the grid")
     parser.add_argument("--fresh", action="store_true", help="of models with new weights (--seed), as before training")
     args = parser.parse_args(arguments)
-    own = {axis: getattr(args, axis) for axis in ("norm", "scale", "granularity", "steps", "gradient")}
-    method = Method.from_preset(args.method, **own)
+    if args.update_freq is not None and args.update_freq < 1:
+        raise ValueError(f"--update-freq must be an integer >= 1, got {args.update_freq}")
+    method = Method.from_preset(args.method, **{axis: getattr(args, axis) for axis in AXES})
     rows: list[dict[str, Any]] = []
     suggestions: dict[str, Suggestion] = {}
-    for name, trained, batches in common.trained_models(args):
+    for name, trained in common.loaded_models(args):
+        per_update = (args.update_freq or trained.micro_batches) if method.scope == "update" else 1
+        number = None if args.num_batches is None else args.num_batches * per_update
+        batches = common.batches_of(args, trained, number=number)
         if args.fresh:
             trained.forget(args.seed)
         suggestions[name] = suggest_epsilon(
-            trained.probe(batches, method), fraction=args.fraction, least=args.least, most=args.most,
+            trained.probe(batches, method, per_update), fraction=args.fraction, least=args.least, most=args.most,
             per_decade=args.per_decade, progress=common.Progress(f"ε of {args.method} on {name}"),
         )  # fmt: skip
         rows += [
@@ -57,17 +70,24 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{name}: {advice(suggestion, args)}")
 
 
-def advice(suggestion: Suggestion, args: Any) -> str:
-    """Return the flags that the suggestion amounts to, or why there is none."""
-    if suggestion.epsilon is None:
-        first = suggestion.curve[0]
-        where = "--least" if first.relative >= suggestion.fraction else "--most"
-        return f"the rise does not reach {suggestion.fraction:g} of the loss within the range; change {where}"
-    words = ["--optimizer", args.method, "--sam-epsilon", f"{suggestion.epsilon:.3g}"]
-    for axis in ("norm", "scale", "granularity", "steps", "gradient"):
+def advice(suggestion: Suggestion, args: argparse.Namespace) -> str:
+    """Return the flags that the suggestion amounts to, with the rise that was measured, or why there is none."""
+    if suggestion.found is None:
+        first, last = suggestion.curve[0], suggestion.curve[-1]
+        where = (
+            f"--least below {args.least:g}"
+            if first.relative >= suggestion.fraction
+            else f"--most above {last.epsilon:g}"
+        )
+        return (
+            f"the loss does not rise by {suggestion.fraction:g} of it between ε = {first.epsilon:g} "
+            f"({first.relative:+.2g}) and {last.epsilon:g} ({last.relative:+.2g}); set {where}, or another --fraction"
+        )
+    words = ["--optimizer", args.method, "--sam-epsilon", f"{suggestion.found.epsilon:.3g}"]
+    for axis in AXES:
         if getattr(args, axis) is not None:
             words += [f"--sam-{axis}", str(getattr(args, axis))]
-    return " ".join(words)
+    return f"{' '.join(words)}   (the loss rises by {suggestion.found.relative:.3g} of it)"
 
 
 def plot(suggestions: dict[str, Suggestion], path: Path, method: str) -> None:

@@ -190,7 +190,7 @@ def test_what_the_radius_depends_on():
         (["--sam-interval", "2"], False),
         (["--sam-norm", "l2"], True),
         (["--sam-rise", "0.2"], True),
-        (["--sam-steps", "1"], True),
+        (["--sam-steps", "3"], True),
         (["--sam-scope", "update"], True),
     ],
 )
@@ -226,7 +226,7 @@ def test_the_passes_of_the_search_are_counted(translation_data, monkeypatch):
     assert logged.get_smoothed_values()["sam_passes"] == 1 + 4 * len(probes) > 20
 
 
-def test_a_method_that_ends_before_it_has_a_radius(translation_data, tmp_path, caplog):
+def test_a_method_that_ends_before_it_has_a_radius(translation_data, tmp_path, monkeypatch, caplog):
     flags = [*FLAGS, "--optimizer", "sam", "--sam-epsilon", AUTO, "--max-update", "4"]
     with pytest.raises(ConfigurationError, match=r"--sam-end-update\) 8 leaves no .* at least 9, or give a number"):
         runs.train(translation_data, tmp_path / "a", *flags, "--sam-end-update", "8")
@@ -235,9 +235,10 @@ def test_a_method_that_ends_before_it_has_a_radius(translation_data, tmp_path, c
             translation_data, tmp_path / "a", *flags, "--sam-end-update", "20", "--sam-start-update", "4",
             "--sam-interval", "3",
         )  # fmt: skip
-    monkey = [*flags[:-1], "8", "--sam-end-epoch", "1"]
-    runs.train(translation_data, tmp_path / "b", *monkey)
-    assert caplog.text.count("came before the radius was found") == 0
+    monkeypatch.setattr(radius, "UPDATES", 8)
+    found = runs.train(translation_data, tmp_path / "b", *flags[:-1], "8", "--sam-end-epoch", "1")
+    assert caplog.text.count("came before the radius was found") == 1
+    assert 0 < len(state_of(found)["search"]["radii"]) < 8 and state_of(found)["num_ascents"] == 0
 
 
 @pytest.mark.parametrize(
