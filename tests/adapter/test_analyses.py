@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq.modules import FairseqDropout
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -304,7 +305,9 @@ def test_an_update_shares_its_perturbation(checkpoints):
     _, batches, pad = model_and_valid(checkpoints[0])
     trained = Trained(checkpoints[0], cpu=True)
     trained.cfg.criterion.label_smoothing = 0.0  # the loss of training is the formula's then
-    trained.model.eval()
+    for module in trained.model.modules():  # a pass of training puts the model into its mode
+        if isinstance(module, FairseqDropout):
+            module.p = 0.0
     parameters = [p for p in trained.model.parameters() if p.requires_grad]
 
     def loss_of(parts):
