@@ -45,7 +45,7 @@ FLAGS_BY_AXIS: dict[str, tuple[Flag, ...]] = {
             "epsilon",
             Any,
             "radius of the perturbation, >= 0 (0: the base optimizer bit for bit), or auto: the radius at which the "
-            "perturbation raises the loss by --sam-rise, measured in the first 8 updates of the start epoch",
+            "perturbation raises the loss by --sam-rise, measured in the first 8 updates that would be sharpness-aware",
         ),
         Flag("rise", float, "with epsilon auto: wanted rise of the loss, as a fraction of it, > 0 (default: 0.1)"),
         Flag("norm", str, "norm of the ball: l2, linf or a number > 1"),
