@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fairseq_sam.core.norms import tensor_norms
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -71,8 +73,7 @@ def _slice_norm(tensor: Tensor, p: float) -> Tensor:
 
 def _tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     """p-norm of each tensor, in float64: a vector of length ``len(tensors)``."""
-    norms = torch._foreach_norm(list(tensors), p, dtype=torch.float64)
-    return torch.stack([norm.to(tensors[0].device) for norm in norms])
+    return torch.stack([norm.to(tensors[0].device) for norm in tensor_norms(tensors, p)])
 
 
 def _joined_norms(norms: Tensor, groups: Tensor, num_groups: int, p: float) -> Tensor:
