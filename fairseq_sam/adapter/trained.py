@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -172,17 +173,23 @@ class Trained:
         return path
 
     def scores(self, batches: Sequence[Any]) -> dict[str, float]:
-        """Return what fairseq's validation reports of the model as it is: loss, perplexity, accuracy, BLEU.
+        """Return what fairseq's validation reports of the model as it is: loss, perplexity, accuracy, F1, BLEU.
 
         Args:
             batches: from ``batches``.
+
+        Returns:
+            Its numbers by name; what is no single number, such as all predictions, is left out.
         """
         with evaluating(self.model):
             logs = [self.task.valid_step(batch, self.model, self.criterion)[2] for batch in batches]
         with metrics.aggregate(new_root=True) as found:
             self.task.reduce_metrics(logs, self.criterion)
-        values = {name: value for name, value in found.get_smoothed_values().items() if name not in SKIPPED_METRICS}
-        return {name: float(value) for name, value in values.items() if not name.startswith("_")}
+        return {
+            name: float(value)
+            for name, value in found.get_smoothed_values().items()
+            if name not in SKIPPED_METRICS and _is_number(value)
+        }
 
 
 class Backward:
@@ -191,6 +198,10 @@ class Backward:
     def backward(self, loss: Tensor) -> None:
         """Run backward."""
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def _plain_criterion(task: Any, cfg: Any) -> Any:

@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,23 +40,6 @@ def is_plot(path):
 
     pixels = imread(path)[..., :3]
     return min(pixels.shape[:2]) > 400 and len(set(map(tuple, pixels[::20, ::20].reshape(-1, 3)))) > 1
-
-
-@pytest.fixture(scope="module")
-def trained(translation_data, tmp_path_factory):
-    """Two runs, with logs of their gradients: Adam and GA-SAM."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, flags in (("adam", ["--sam-epsilon", "0"]), ("ga_sam", ["--sam-norm", "linf", "--sam-epsilon", "1e-3"])):
-        runs.train(
-            translation_data, folder / name, *runs.TRANSLATION, "--optimizer", "ga_sam", *flags, "--max-update", "9",
-            "--sam-gradient-log", "1", "--no-epoch-checkpoints",
-        )  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoints(trained):
-    return [str(trained / name / "checkpoint_last.pt") for name in ("adam", "ga_sam")]
 
 
 def model_and_valid(path):
@@ -274,6 +259,35 @@ def test_epsilon_of_a_model_before_training(checkpoints, trained, translation_da
     flags = [*runs.TRANSLATION, "--finetune-from-model", checkpoints[0], "--optimizer", "adam", "--max-update", "1"]
     runs.train(translation_data, tmp_path / "tuned", *flags)
     assert main(["epsilon", str(tmp_path / "tuned" / "checkpoint_last.pt"), *words]) == 2
+
+
+def answers(path, output):
+    """What a classifier or regression says of its validation split, and the labels."""
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([path])
+    task.load_dataset("valid")
+    found, labels = [], []
+    for batch in task.get_batch_iterator(task.dataset("valid"), max_sentences=4).next_epoch_itr(shuffle=False):
+        inputs = {**batch["net_input"], "features_only": True}
+        logits, _ = model.eval()(**inputs, classification_head_name="sentence_classification_head")
+        found += output(logits).reshape(-1).tolist()
+        labels += batch["target"].reshape(-1).tolist()
+    return found, labels
+
+
+def test_robustness_of_several_tasks(checkpoints, classifiers, tmp_path):
+    """Each model has the scores of its own task; lists of predictions are none."""
+    words = ["--l2", "0.1", "1", "--linf", "--steps", "1", "--out", str(tmp_path)]
+    assert main(["robustness", *classifiers, checkpoints[0], *words]) == 0
+    rows = {row["model"]: row for row in rows_of(tmp_path / "robustness.tsv") if row["radius"] == "0"}
+    found, labels = answers(classifiers[0], lambda logits: logits.argmax(1))
+    scores = {"accuracy": accuracy_score, "f1": f1_score, "mcc": matthews_corrcoef}
+    for name, score in scores.items():
+        assert float(rows["classes"][name]) == pytest.approx(100 * score(labels, found), abs=0.051), name
+    values, targets = answers(classifiers[1], lambda logits: logits)
+    for name, score in {"pearson": pearsonr, "spearman": spearmanr}.items():
+        assert float(rows["scores"][name]) == pytest.approx(100 * score(values, targets)[0], abs=0.051), name
+    assert not {"pred", "targ"} & rows["classes"].keys() and rows["adam"]["f1"] == rows["classes"]["ppl"] == ""
+    assert is_plot(tmp_path / "robustness.png")
 
 
 def test_other_tasks(language_model_data, classification_data, tmp_path):
