@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+BITS = "bits per token or sentence"  # the unit of losses
 MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":")
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by name, places and values
 

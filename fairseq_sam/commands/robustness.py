@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_sam.analysis.corruption import STEPS
-from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save
 from fairseq_sam.analysis.robustness import RADII, Corrupted, robustness
 from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands import common
 
 # Scores that are drawn, with the labels of their axes.
-SCORES = {"bleu": "BLEU", "accuracy": "accuracy (%)", "loss": "loss (bits)"}
+SCORES = {
+    "bleu": "BLEU", "accuracy": "accuracy (%)", "f1": "F1 (%)", "mcc": "Matthews correlation (%)",
+    "pearson": "Pearson correlation (%)", "spearman": "Spearman correlation (%)", "loss": f"loss ({BITS})",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -57,7 +60,7 @@ def row_of(name: str, corrupted: Corrupted) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw each score against the radius, a row of panels for each norm, a curve for each model.
+    """Draw each score against the radius, a row of panels for each norm, a curve for each model that has the score.
 
     Args:
         rows: of the table.
@@ -69,8 +72,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for place, (norm, score) in enumerate((norm, score) for norm in norms for score in shown):
         curves = {}
         for name in dict.fromkeys(row["model"] for row in rows):
-            own = [row for row in rows if row["model"] == name and row["norm"] in ("", norm)]
-            curves[name] = [row["radius"] for row in own], [row[score] for row in own]
+            own = [row for row in rows if row["model"] == name and row["norm"] in ("", norm) and score in row]
+            if own:
+                curves[name] = [row["radius"] for row in own], [row[score] for row in own]
         label = {"l2": "L2", "linf": "L∞"}.get(norm, norm)
         draw_curves(axes[place], curves, x=f"radius of the corruption, {label}", y=SCORES[score])
     made.suptitle("After adversarial corruptions of the weights")
