@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairseq_sam.analysis.landscape import difference, filter_normalised, landscape, steps
 from fairseq_sam.analysis.plots import draw_curves, figure, save
-from fairseq_sam.analysis.tables import read_rows, write_rows
+from fairseq_sam.analysis.tables import now_and_then, read_rows, write_rows
 from fairseq_sam.commands import common
 
 
@@ -35,8 +35,13 @@ def main(arguments: Sequence[str]) -> None:
         "subset": args.subset, "seed": str(args.seed), "batches": str(args.num_batches or "all"),
         "exclude": args.exclude,
     }  # fmt: skip
-    wanted = {tuple(map(shown, place)) for place in places}
     earlier, rows = read_rows(table), []
+
+    def write() -> None:
+        begun = {row["model"] for row in rows}
+        write_rows(table, [*rows, *(row for row in earlier if row["model"] not in begun)])
+
+    wanted = {tuple(map(shown, place)) for place in places}
     for name, trained, batches in common.trained_models(args):
         objective = trained.objective(batches, args.exclude)
         if args.before:
@@ -49,13 +54,12 @@ def main(arguments: Sequence[str]) -> None:
         known = set(map(place_of, kept))
         left = [place for place in places if tuple(map(shown, place)) not in known]
         progress = common.Progress(f"landscape of {name}")
-        for done, point in enumerate(landscape(objective, directions, left), len(places) - len(left) + 1):
-            place = dict(zip(("x", "y"), map(shown, point.place), strict=False))
-            rows.append({**settings, **place, "loss": point.loss})
-            progress(done, len(places))
-            if done % number == 0 or done == len(places):
-                others = [row for row in earlier if row["model"] not in {each["model"] for each in rows}]
-                write_rows(table, [*rows, *others])
+        with now_and_then(write) as added:
+            for done, point in enumerate(landscape(objective, directions, left), len(known) + 1):
+                place = dict(zip(("x", "y"), map(shown, point.place), strict=False))
+                rows.append({**settings, **place, "loss": point.loss})
+                added()
+                progress(done, len(places))
     write_rows(table, rows)
     image = table.with_suffix(".png")
     (plot_line if kind == "line" else plot_surface)(rows, image)
