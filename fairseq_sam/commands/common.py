@@ -1,11 +1,12 @@
 """What the commands share: checkpoints and data on the command line, progress, errors in one line."""
 
 import argparse
+import hashlib
 import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -89,6 +90,44 @@ def batches_of(args: argparse.Namespace, trained: Any, **changed: Any) -> list[A
     }  # fmt: skip
     found: list[Any] = trained.batches(**{"subset": args.subset, **chosen, **changed})
     return found
+
+
+def digest_of_files(*paths: Path) -> str:
+    """Return a name for what files hold: eight hexadecimal digits."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()[:8]
+
+
+def digest_of_data(batches: Any) -> str:
+    """Return a name for what batches hold, wherever the data lie: eight hexadecimal digits.
+
+    Args:
+        batches: tensors and plain values in lists, tuples and mappings.
+    """
+    found = hashlib.sha256()
+    for part in _parts(batches):
+        found.update(part)
+    return found.hexdigest()[:8]
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    if isinstance(value, torch.Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, Mapping):
+        yield b"mapping"
+        for key in sorted(value, key=str):
+            yield from (str(key).encode(), *_parts(value[key]))
+    elif isinstance(value, list | tuple):
+        yield f"{len(value)} parts".encode()
+        for each in value:
+            yield from _parts(each)
+    else:
+        yield repr(value).encode()
 
 
 class Progress:

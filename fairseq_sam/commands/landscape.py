@@ -4,7 +4,6 @@ The line goes from the weights before training (``--before``) to those after, an
 plane's two directions are filter-normalised (Li et al. 2018; FSAM Fig. 4). A stopped command goes on where it was.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,10 @@ def main(arguments: Sequence[str]) -> None:
             directions = [difference(objective, weights_of(args.before))]
         else:
             directions = [filter_normalised(objective, args.seed), filter_normalised(objective, args.seed + 10**6)]
-        settings = {"model": name, **shared, "weights": digest(trained.path, *([args.before] if args.before else []))}
+        settings = {
+            "model": name, **shared, "data": common.digest_of_data(batches),
+            "weights": common.digest_of_files(trained.path, *([args.before] if args.before else [])),
+        }  # fmt: skip
         kept = [row for row in earlier if settings.items() <= row.items() and place_of(row) in wanted]
         rows += kept
         known = set(map(place_of, kept))
@@ -74,16 +76,6 @@ def weights_of(path: Path) -> Mapping[str, Tensor]:
 
     weights: Mapping[str, Tensor] = checkpoint_utils.load_checkpoint_to_cpu(str(path))["model"]
     return weights
-
-
-def digest(*paths: Path) -> str:
-    """Return a name for what files hold: eight hexadecimal digits."""
-    found = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()[:8]
 
 
 def shown(number: float) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from fairseq_sam.__main__ import main
 from tests.adapter import runs
-from tests.adapter.test_analyses import column, mean_loss, model_and_valid, rows_of
+from tests.adapter.test_analyses import column, rows_of
 
 pytestmark = pytest.mark.slow
 
@@ -52,3 +52,30 @@ def test_a_stopped_command_goes_on(checkpoints, tmp_path):
         number = len(rows_of(table)) + 1
     assert main([*words, str(table.parent)]) == 0
     assert table.read_bytes() == (tmp_path / "whole" / "line.tsv").read_bytes()
+
+
+def test_rows_of_other_data_are_not_kept(checkpoints, translation_data, tmp_path):
+    """What was measured says whether rows fit: not where the data lie, but the sentences and their batches."""
+    words = ["landscape", checkpoints[1], "--before", checkpoints[0], "--points", "3", "--out", str(tmp_path)]
+    table, data = tmp_path / "line.tsv", tmp_path / "data"
+    shutil.copytree(translation_data, data)
+    for is_kept, more in (
+        (True, ["--data", str(data)]),
+        (False, ["--max-tokens", "150"]),
+        (False, ["--batch-size", "3"]),
+        (False, ["--subset", "test"]),
+        (False, ["--num-batches", "1", "--max-tokens", "150"]),
+    ):
+        assert main(words) == 0
+        rows = rows_of(table)
+        table.write_text(table.read_text().replace(rows[1]["loss"], "123.456"))
+        assert main([*words, *more]) == 0
+        assert (rows_of(table)[1]["loss"] == "123.456") == is_kept, more
+        table.unlink()
+    assert main([*words, "--data", str(data)]) == 0
+    before = column(rows_of(table), "loss")
+    for file in data.glob("test.*"):
+        file.replace(data / file.name.replace("test", "valid"))
+    assert main([*words, "--data", str(data)]) == 0
+    after = column(rows_of(table), "loss")
+    assert all(first != second for first, second in zip(before, after, strict=True))
