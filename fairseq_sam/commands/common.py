@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import logging
 import sys
 import time
@@ -25,7 +26,9 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     """
     made = argparse.ArgumentParser(prog=f"fairseq-sam {command}", description=description, allow_abbrev=False)
     made.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints of fairseq, to be compared in one plot")
-    made.add_argument("--names", nargs="+", help="names of the models in tables and plots; default their folders'")
+    made.add_argument(
+        "--names", nargs="+", help="names of the models in tables and plots; default what their paths differ in"
+    )
     made.add_argument("--data", help="folder of the data (data-bin); default the one that each checkpoint names")
     made.add_argument("--subset", default="valid", help="split of the data; default valid")
     made.add_argument("--max-tokens", type=int, default=4000, help="size of a batch, padding included; default 4000")
@@ -38,7 +41,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 def model_names(checkpoints: Sequence[Path], names: Sequence[str] | None) -> list[str]:
-    """Return the models' names: the given ones, or the shortest ends of their paths that differ.
+    """Return the models' names: the given ones, or the fewest parts of their paths that tell them apart.
 
     Raises:
         ValueError: if there are not as many names as checkpoints, or two are the same.
@@ -49,14 +52,29 @@ def model_names(checkpoints: Sequence[Path], names: Sequence[str] | None) -> lis
                 f"--names must be {len(checkpoints)} different names, one for each checkpoint, got {names}"
             )
         return list(names)
-    whole = [path.resolve().with_suffix("").parts for path in checkpoints]
+    whole = [path.resolve() for path in checkpoints]
     if len(set(whole)) < len(whole):
         raise ValueError("two checkpoints are the same file; name each once")
-    for length in range(2, max(map(len, whole)) + 1):
-        ends = ["/".join(parts[-length:-1] or parts[-1:]) for parts in whole]
-        if len(set(ends)) == len(ends):
-            return ends
-    return ["/".join(parts[1:]) for parts in whole]
+    if len(whole) == 1:
+        return [whole[0].parent.name or whole[0].stem]
+    stems = [path.with_suffix("") for path in whole]
+    return _distinguishing_parts(stems if len(set(stems)) == len(stems) else whole)
+
+
+def _distinguishing_parts(paths: Sequence[Path]) -> list[str]:
+    """The fewest parts, counted from the end, that tell paths apart: folders rather than files, near ones first."""
+    most = max(len(path.parts) for path in paths)
+    columns = [
+        tuple(path.parts[-place] if place <= len(path.parts) else "" for path in paths) for place in range(1, most + 1)
+    ]
+    differing = [place for place in [*range(1, most), 0] if len(set(columns[place])) > 1]
+    for number in range(1, len(differing) + 1):
+        for places in itertools.combinations(differing, number):
+            rows = zip(*(columns[place] for place in sorted(places, reverse=True)), strict=True)
+            names = ["/".join(filter(None, row)) for row in rows]
+            if len(set(names)) == len(names) and all(names):
+                return names
+    return list(map(str, paths))
 
 
 def trained_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[str, Any, list[Any]]]:

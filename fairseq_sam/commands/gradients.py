@@ -24,7 +24,9 @@ def main(arguments: Sequence[str]) -> None:
         prog="fairseq-sam gradients", description=" ".join((__doc__ or "").split()), allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", type=Path, help=f"folders of runs, with {FILE} in them, or such files")
-    parser.add_argument("--names", nargs="+", help="names of the runs in tables and plots; default their folders'")
+    parser.add_argument(
+        "--names", nargs="+", help="names of the runs in tables and plots; default what their paths differ in"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the table and the plot")
     args = parser.parse_args(arguments)
     logs = [run / FILE if run.is_dir() else run for run in args.runs]
