@@ -75,9 +75,9 @@ def hessian_eigenvalues(
     Raises:
         ValueError: if k or `steps` is out of range, or there is no data.
     """
-    _check("k", k, 1, objective.size)
+    _check("k (--top)", k, 1, objective.size)
     number = min(2 * k + 20, objective.size) if steps is None else steps
-    _check("steps", number, k, objective.size)
+    _check("steps (--steps)", number, k, objective.size)
     found = lanczos(
         hessian_operator(objective, number, progress), k=k, max_iter=number, reorthogonalize=True, which="LA", seed=seed
     )
@@ -118,7 +118,7 @@ def fisher_eigenvalues(
     Raises:
         ValueError: if k or `block` is out of range, or the weights are all 0.
     """
-    _check("k", k, 1, len(instances))
+    _check("k (--top)", k, 1, len(instances))
     objective = Objective(model, [], loss_sum, exclude=exclude)
     block = max(1, MOST_NUMBERS // objective.size) if block is None else block
     _check("block", block, 1)
@@ -193,7 +193,7 @@ def hessian_density(
     Raises:
         ValueError: if a number is out of range, or there is no data.
     """
-    _check("steps", steps, 1, objective.size)
+    _check("steps (--density-steps)", steps, 1, objective.size)
     _check("runs", runs, 1)
     _check("points", points, 2)
     operator = hessian_operator(objective, steps * runs, progress)

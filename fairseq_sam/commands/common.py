@@ -1,43 +1,140 @@
 """What the commands share: checkpoints and data on the command line, progress, errors in one line."""
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import logging
+import math
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 
+from fairseq_sam.core.method import parse_norm
+
+MOST_SEED = 2**31 - 1
 SHOWN_EVERY = 10.0  # seconds between two lines of progress where the output is no terminal
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Takes a command's words; what is wrong with them is one line, as every error of the commands.
+
+    Args:
+        command: its name.
+        description: what it does.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"fairseq-sam {command}", description=" ".join(description.split()), allow_abbrev=False)
+        self.set_defaults(command=command)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the words.
+
+        Raises:
+            ValueError: with the message.
+        """
+        raise ValueError(f"{message.removeprefix('argument ')} (all flags: {self.prog} --help)")
+
+
+def parser(command: str, description: str) -> Parser:
     """Return a parser with what every command on checkpoints takes.
 
     Args:
         command: its name.
         description: what it does.
     """
-    made = argparse.ArgumentParser(prog=f"fairseq-sam {command}", description=description, allow_abbrev=False)
+    made = Parser(command, description)
     made.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints of fairseq, to be compared in one plot")
     made.add_argument(
         "--names", nargs="+", help="names of the models in tables and plots; default what their paths differ in"
     )
     made.add_argument("--data", help="folder of the data (data-bin); default the one that each checkpoint names")
     made.add_argument("--subset", default="valid", help="split of the data; default valid")
-    made.add_argument("--max-tokens", type=int, default=4000, help="size of a batch, padding included; default 4000")
-    made.add_argument("--batch-size", type=int, help="sentences in a batch; default no limit")
-    made.add_argument("--num-batches", type=int, help="batches, chosen at random; default all of the split")
-    made.add_argument("--seed", type=int, default=1, help="of what is random; default 1")
+    made.add_argument(
+        "--max-tokens", type=integer(1), default=4000, help="size of a batch, padding included; default 4000"
+    )
+    made.add_argument("--batch-size", type=integer(1), help="sentences in a batch; default no limit")
+    made.add_argument("--num-batches", type=integer(1), help="batches, chosen at random; default all of the split")
+    made.add_argument("--seed", type=integer(0, MOST_SEED), default=1, help="of what is random; default 1")
     made.add_argument("--out", type=Path, required=True, help="folder for the tables (.tsv) and the plots (.png)")
     made.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     return made
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return what reads an integer of a range from the command line.
+
+    Args:
+        least: the smallest.
+        most: the largest; default none.
+    """
+    allowed = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
+
+    def read(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if least <= int(text) and (most is None or int(text) <= most):
+                return int(text)
+        raise argparse.ArgumentTypeError(f"must be {allowed}, got {text}")
+
+    return read
+
+
+def number(text: str) -> float:
+    """Read a finite number from the command line.
+
+    Raises:
+        ArgumentTypeError: if it is none.
+    """
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+
+
+def positive(text: str) -> float:
+    """Read a finite number > 0 from the command line.
+
+    Raises:
+        ArgumentTypeError: if it is none.
+    """
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        if number(text) > 0:
+            return number(text)
+    raise argparse.ArgumentTypeError(f"must be a finite number > 0, got {text}")
+
+
+def norm(text: str) -> str:
+    """Read a norm from the command line.
+
+    Raises:
+        ArgumentTypeError: if it is none.
+    """
+    try:
+        parse_norm(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be l2, linf or a number > 1, got {text}") from None
+    return text
+
+
+def pattern(text: str) -> str:
+    """Read a regular expression from the command line.
+
+    Raises:
+        ArgumentTypeError: if it is none.
+    """
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
+    return text
 
 
 def model_names(checkpoints: Sequence[Path], names: Sequence[str] | None) -> list[str]:

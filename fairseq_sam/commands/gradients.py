@@ -3,7 +3,6 @@
 From the logs that ``fairseq-train … --sam-gradient-log N`` writes beside its checkpoints.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,7 @@ FILE = "gradients.jsonl"
 
 def main(arguments: Sequence[str]) -> None:
     """Read each run's log; write ``gradients.tsv`` and ``gradients.png``."""
-    parser = argparse.ArgumentParser(
-        prog="fairseq-sam gradients", description=" ".join((__doc__ or "").split()), allow_abbrev=False
-    )
+    parser = common.Parser("gradients", __doc__ or "")
     parser.add_argument("runs", nargs="+", type=Path, help=f"folders of runs, with {FILE} in them, or such files")
     parser.add_argument(
         "--names", nargs="+", help="names of the runs in tables and plots; default what their paths differ in"

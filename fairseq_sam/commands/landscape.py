@@ -19,12 +19,18 @@ from fairseq_sam.commands import common
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint; write ``line.tsv`` or ``surface.tsv``, and the plot beside it."""
-    parser = common.parser("landscape", " ".join((__doc__ or "").split()))
+    parser = common.parser("landscape", __doc__ or "")
     parser.add_argument("--before", type=Path, help="checkpoint of the weights before training: a line, not a plane")
-    parser.add_argument("--points", type=int, help="along each axis; default 25, on a line 41")
-    parser.add_argument("--range", nargs=2, type=float, default=(-1.0, 1.0), metavar=("FROM", "TO"), dest="ends")
-    parser.add_argument("--exclude", default="", help="regular expression: parameters that are held constant")
+    parser.add_argument("--points", type=common.integer(2), help="along each axis; default 25, on a line 41")
+    parser.add_argument(
+        "--range", nargs=2, type=common.number, default=(-1.0, 1.0), metavar=("FROM", "TO"), dest="ends"
+    )
+    parser.add_argument(
+        "--exclude", type=common.pattern, default="", help="regular expression: parameters that are held constant"
+    )
     args = parser.parse_args(arguments)
+    if not args.ends[0] < args.ends[1]:
+        parser.error(f"--range must be two numbers FROM < TO, got {args.ends[0]:g} {args.ends[1]:g}")
     kind = "line" if args.before else "surface"
     number = {"line": 41, "surface": 25}[kind] if args.points is None else args.points
     axis = steps(args.ends[0], args.ends[1], number)

@@ -22,17 +22,27 @@ def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint at each radius; write ``robustness.tsv`` and ``robustness.png``."""
     parser = common.parser("robustness", __doc__ or "")
     parser.add_argument(
-        "--l2", nargs="*", type=float, default=RADII["l2"], help="radii of L2 balls; default %(default)s"
+        "--l2", nargs="*", type=common.positive, default=RADII["l2"], help="radii of L2 balls; default %(default)s"
     )
     parser.add_argument(
-        "--linf", nargs="*", type=float, default=RADII["linf"], help="radii of L-infinity balls; default %(default)s"
+        "--linf",
+        nargs="*",
+        type=common.positive,
+        default=RADII["linf"],
+        help="radii of L-infinity balls; default %(default)s",
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help="ascent steps of a corruption; default %(default)s")
+    parser.add_argument(
+        "--steps", type=common.integer(1), default=STEPS, help="ascent steps of a corruption; default %(default)s"
+    )
     parser.add_argument("--attack-subset", help="split whose loss the corruption makes large; default that of --subset")
-    parser.add_argument("--attack-batches", type=int, help="batches of it, chosen at random; default all")
-    parser.add_argument("--bleu", type=int, metavar="BEAM", default=0, help="translate with this beam; BLEU is scored")
+    parser.add_argument("--attack-batches", type=common.integer(1), help="batches of it, chosen at random; default all")
+    parser.add_argument(
+        "--bleu", type=common.integer(0), metavar="BEAM", default=0, help="translate with this beam, and score BLEU"
+    )
     parser.add_argument("--remove-bpe", default="@@ ", help="how subwords are joined for BLEU; default '%(default)s'")
     args = parser.parse_args(arguments)
+    if not (args.l2 or args.linf):
+        parser.error("--l2 and --linf must name a radius, got none")
     rows: list[dict[str, Any]] = []
     for name, trained, batches in common.trained_models(args, bleu=args.bleu, remove_bpe=args.remove_bpe):
         attack = batches

@@ -26,14 +26,24 @@ KINDS = ("worst", "ascent", "average", "instance")
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint at each radius; write ``sharpness.tsv`` and ``sharpness.png``."""
-    parser = common.parser("sharpness", " ".join((__doc__ or "").split()))
-    parser.add_argument("--radii", nargs="+", type=float, default=RADII, help="distances; default %(default)s")
-    parser.add_argument("--norm", default="l2", help="of the distance: l2, linf or a number; average is always l2")
+    parser = common.parser("sharpness", __doc__ or "")
+    parser.add_argument(
+        "--radii", nargs="+", type=common.positive, default=RADII, help="distances; default %(default)s"
+    )
+    parser.add_argument(
+        "--norm", type=common.norm, default="l2", help="of the distance: l2, linf or a number; average is always l2"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS[:3], help="directions; default %(default)s")
-    parser.add_argument("--steps", type=int, default=STEPS, help="ascent steps to the worst; default %(default)s")
-    parser.add_argument("--directions", type=int, default=DIRECTIONS, help="random directions; default %(default)s")
+    parser.add_argument(
+        "--steps", type=common.integer(1), default=STEPS, help="ascent steps to the worst; default %(default)s"
+    )
+    parser.add_argument(
+        "--directions", type=common.integer(1), default=DIRECTIONS, help="random directions; default %(default)s"
+    )
     parser.add_argument("--method", default="sam", choices=list(PRESETS), help="whose scale T stretches the ball")
-    parser.add_argument("--instances", type=int, default=200, help="single instances, at random; default %(default)s")
+    parser.add_argument(
+        "--instances", type=common.integer(1), default=200, help="single instances, at random; default %(default)s"
+    )
     args = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     for name, trained, batches in common.trained_models(args):

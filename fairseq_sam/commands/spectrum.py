@@ -25,16 +25,27 @@ PARTS = ("hessian", "fisher", "trace", "density")
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint; write ``eigenvalues.tsv``, ``trace.tsv``, ``density.tsv`` and ``spectrum.png``."""
-    parser = common.parser("spectrum", " ".join((__doc__ or "").split()))
+    parser = common.parser("spectrum", __doc__ or "")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured; default all")
-    parser.add_argument("--top", type=int, default=TOP, help="how many eigenvalues; default %(default)s")
-    parser.add_argument("--steps", type=int, help="of Lanczos; default twice as many as eigenvalues, and 20")
+    parser.add_argument("--top", type=common.integer(1), default=TOP, help="how many eigenvalues; default %(default)s")
     parser.add_argument(
-        "--instances", type=int, default=256, help="of the Fisher information, at random; default %(default)s"
+        "--steps", type=common.integer(1), help="of Lanczos; default twice as many as eigenvalues, and 20"
     )
-    parser.add_argument("--samples", type=int, default=30, help="products for the trace; default %(default)s")
-    parser.add_argument("--density-steps", type=int, default=80, help="of Lanczos for the density; default %(default)s")
-    parser.add_argument("--exclude", default="", help="regular expression: parameters that are held constant")
+    parser.add_argument(
+        "--instances",
+        type=common.integer(1),
+        default=256,
+        help="of the Fisher information, at random; default %(default)s",
+    )
+    parser.add_argument(
+        "--samples", type=common.integer(2), default=30, help="products for the trace; default %(default)s"
+    )
+    parser.add_argument(
+        "--density-steps", type=common.integer(1), default=80, help="of Lanczos for the density; default %(default)s"
+    )
+    parser.add_argument(
+        "--exclude", type=common.pattern, default="", help="regular expression: parameters that are held constant"
+    )
     args = parser.parse_args(arguments)
     tables: dict[str, list[dict[str, Any]]] = {"eigenvalues": [], "trace": [], "density": []}
     for name, trained, batches in common.trained_models(args):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fairseq_sam.__main__ import main
 from fairseq_sam.commands.common import model_names
 
 
@@ -42,3 +43,45 @@ def test_bad_names():
         model_names([Path("a.pt"), Path("b.pt")], ["x", "x"])
     with pytest.raises(ValueError, match="two checkpoints are the same file"):
         model_names([Path("x/../a.pt"), Path("a.pt")], None)
+
+
+COUNTS = {
+    "robustness": ("--num-batches", "--batch-size", "--max-tokens", "--attack-batches", "--steps"),
+    "sharpness": ("--num-batches", "--batch-size", "--max-tokens", "--instances", "--steps", "--directions"),
+    "spectrum": ("--num-batches", "--top", "--steps", "--instances", "--density-steps"),
+    "landscape": ("--num-batches", "--batch-size", "--max-tokens"),
+    "epsilon": ("--num-batches", "--batch-size", "--max-tokens"),
+}
+BAD = [([command, flag, value], f"{flag}: must be an integer >= 1, got {value}")
+       for command, flags in COUNTS.items() for flag in flags for value in ("0", "-1", "1.5")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        *BAD,
+        (["spectrum", "--samples", "1"], "--samples: must be an integer >= 2, got 1"),
+        (["spectrum", "--exclude", "("], "--exclude: must be a regular expression, got '('"),
+        (["landscape", "--exclude", "("], "--exclude: must be a regular expression, got '('"),
+        (["landscape", "--points", "1"], "--points: must be an integer >= 2, got 1"),
+        (["landscape", "--range", "0", "0"], "--range must be two numbers FROM < TO, got 0 0"),
+        (["landscape", "--range", "1", "-1"], "--range must be two numbers FROM < TO, got 1 -1"),
+        (["landscape", "--range", "0", "inf"], "--range: must be a finite number, got inf"),
+        (["landscape", "--range", "0", "x"], "--range: must be a finite number, got x"),
+        (["robustness", "--bleu", "-1"], "--bleu: must be an integer >= 0, got -1"),
+        (["robustness", "--l2", "--linf"], "--l2 and --linf must name a radius, got none"),
+        (["robustness", "--linf", "nan"], "--linf: must be a finite number > 0, got nan"),
+        (["robustness", "--l2", "0.1", "0"], "--l2: must be a finite number > 0, got 0"),
+        (["sharpness", "--radii", "-0.1"], "--radii: must be a finite number > 0, got -0.1"),
+        (["sharpness", "--norm", "l0"], "--norm: must be l2, linf or a number > 1, got l0"),
+        (["sharpness", "--kinds", "best"], "--kinds: invalid choice: 'best'"),
+        (["sharpness", "--seed", "-1"], "--seed: must be an integer from 0 to 2147483647, got -1"),
+        (["spectrum", "--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_read(tmp_path, capsys, words, error):
+    words = [words[0], "nowhere.pt", *words[1:], "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"fairseq-sam: error: {error}"), lines
+    assert f"fairseq-sam {words[0]} --help" in lines[0] and not (tmp_path / "out").exists()

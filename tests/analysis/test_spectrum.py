@@ -110,13 +110,16 @@ def test_progress_counts_products():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda o: hessian_eigenvalues(o, 0), "k must be an integer from 1 to 63, got 0"),
-        (lambda o: hessian_eigenvalues(o, 64), "k must be an integer from 1 to 63, got 64"),
-        (lambda o: hessian_eigenvalues(o, 5, steps=4), "steps must be an integer from 5 to 63, got 4"),
+        (lambda o: hessian_eigenvalues(o, 0), r"k \(--top\) must be an integer from 1 to 63, got 0"),
+        (lambda o: hessian_eigenvalues(o, 64), r"k \(--top\) must be an integer from 1 to 63, got 64"),
+        (lambda o: hessian_eigenvalues(o, 5, steps=4), r"steps \(--steps\) must be an integer from 5 to 63, got 4"),
         (lambda o: hessian_trace(o, 1), "samples must be an integer >= 2, got 1"),
-        (lambda o: hessian_density(o, steps=64), "steps must be an integer from 1 to 63, got 64"),
+        (lambda o: hessian_density(o, steps=64), r"steps \(--density-steps\) must be an integer from 1 to 63, got 64"),
         (lambda o: hessian_density(o, runs=0, steps=3), "runs must be an integer >= 1, got 0"),
-        (lambda o: fisher_eigenvalues(o.model, [1, 2], classes_loss, 3), "k must be an integer from 1 to 2, got 3"),
+        (
+            lambda o: fisher_eigenvalues(o.model, [1, 2], classes_loss, 3),
+            r"k \(--top\) must be an integer from 1 to 2, got 3",
+        ),
         (lambda o: fisher_eigenvalues(o.model, [1, 2], classes_loss, 1, block=0), "block must be an integer >= 1"),
     ],
 )
