@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -184,12 +185,41 @@ def trained_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[s
     Yields:
         Name, ``Trained`` and batches.
     """
+    names = model_names(args.checkpoints, args.names)
+    check_files(args.checkpoints)
+    make_folder(args.out)
     from fairseq_sam.adapter.trained import Trained
 
-    for name, path in zip(model_names(args.checkpoints, args.names), args.checkpoints, strict=True):
+    for name, path in zip(names, args.checkpoints, strict=True):
         torch.manual_seed(args.seed)
         trained = Trained(path, args.data, cpu=args.cpu, **options)
         yield name, trained, batches_of(args, trained)
+
+
+def check_files(checkpoints: Sequence[Path]) -> None:
+    """Refuse checkpoints that are not there.
+
+    Raises:
+        ValueError: if one is no file.
+    """
+    for path in checkpoints:
+        if not path.is_file():
+            raise ValueError(
+                f"expected a checkpoint, got {path}, which is {'a folder' if path.is_dir() else 'no file'}"
+            )
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of ``--out``, so that a measurement is not lost for want of it.
+
+    Raises:
+        ValueError: if no file can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"--out must be a folder that can be written to, got {path}: {error.strerror}") from None
 
 
 def batches_of(args: argparse.Namespace, trained: Any, **changed: Any) -> list[Any]:

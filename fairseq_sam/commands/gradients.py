@@ -27,8 +27,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the table and the plot")
     args = parser.parse_args(arguments)
     logs = [run / FILE if run.is_dir() else run for run in args.runs]
+    names = common.model_names(logs, args.names)
+    common.make_folder(args.out)
     rows: list[dict[str, Any]] = []
-    for name, log in zip(common.model_names(logs, args.names), logs, strict=True):
+    for name, log in zip(names, logs, strict=True):
         gradients = read_gradients(log)
         for by, found in (("epoch", norms_by_epoch(gradients)), ("layer", norms_by_layer(gradients))):
             rows += [

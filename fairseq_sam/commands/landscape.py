@@ -31,6 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     if not args.ends[0] < args.ends[1]:
         parser.error(f"--range must be two numbers FROM < TO, got {args.ends[0]:g} {args.ends[1]:g}")
+    common.check_files([args.before] if args.before else [])
     kind = "line" if args.before else "surface"
     number = {"line": 41, "surface": 25}[kind] if args.points is None else args.points
     axis = steps(args.ends[0], args.ends[1], number)

@@ -85,3 +85,31 @@ def test_bad_values_are_refused_before_anything_is_read(tmp_path, capsys, words,
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"fairseq-sam: error: {error}"), lines
     assert f"fairseq-sam {words[0]} --help" in lines[0] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["robustness", "sharpness", "spectrum", "landscape", "gradients", "epsilon"])
+def test_a_folder_that_cannot_be_made(tmp_path, capsys, monkeypatch, command):
+    """It is said before a checkpoint is read: this one is none."""
+    for name in ("file", "checkpoint.pt"):
+        (tmp_path / name).write_text("none")
+    main_words = [command, str(tmp_path / "checkpoint.pt"), "--out"]
+    for out, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
+        assert main([*main_words, str(out)]) == 2
+        expected = f"--out must be a folder that can be written to, got {out}: {reason}\n"
+        assert capsys.readouterr().err == f"fairseq-sam: error: {expected}"
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write everywhere
+    assert main([*main_words, str(tmp_path)]) == 2
+    assert "got " + str(tmp_path) + ": Permission denied" in capsys.readouterr().err
+
+
+def test_all_checkpoints_must_be_there_before_one_is_measured(tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").write_text("none")
+    for other, reason in (("nowhere.pt", "no file"), (".", "a folder")):
+        words = ["robustness", str(tmp_path / "checkpoint.pt"), str(tmp_path / other), "--out", str(tmp_path / "out")]
+        assert main(words) == 2
+        assert f"{tmp_path / other}, which is {reason}" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
