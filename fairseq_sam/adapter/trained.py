@@ -65,6 +65,11 @@ class Trained:
             raise UserError(f"--bleu needs a model that translates, but {path} is of the task {self.cfg.task._name}")
         self.criterion = _plain_criterion(self.task, self.cfg.criterion)
 
+    @property
+    def data(self) -> str:
+        """The folder of its data."""
+        return str(getattr(self.cfg.task, "data", ""))
+
     def forget(self, seed: int) -> None:
         """Put the model's weights back to before training: new ones.
 

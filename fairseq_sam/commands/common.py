@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import itertools
+import json
 import logging
 import math
 import re
@@ -18,8 +19,10 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
+from fairseq_sam._version import __version__
 from fairseq_sam.core.method import parse_norm
 
+NO_SETTINGS = ("command", "checkpoints", "runs", "names", "out")  # of the flags
 MOST_SEED = 2**31 - 1
 SHOWN_EVERY = 10.0  # seconds between two lines of progress where the output is no terminal
 
@@ -178,6 +181,8 @@ def _distinguishing_parts(paths: Sequence[Path]) -> list[str]:
 def trained_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[str, Any, list[Any]]]:
     """Load the models of a command one after the other; random numbers are for each those of ``--seed``.
 
+    When the next one is asked for, the settings of those before are written beside their tables.
+
     Args:
         args: of ``parser``.
         options: of ``Trained``.
@@ -190,10 +195,17 @@ def trained_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[s
     make_folder(args.out)
     from fairseq_sam.adapter.trained import Trained
 
+    measured: list[dict[str, Any]] = []
     for name, path in zip(names, args.checkpoints, strict=True):
         torch.manual_seed(args.seed)
         trained = Trained(path, args.data, cpu=args.cpu, **options)
-        yield name, trained, batches_of(args, trained)
+        batches = batches_of(args, trained)
+        yield name, trained, batches
+        measured.append({
+            "name": name, "checkpoint": path.resolve(), "weights": digest_of_files(path), "data": trained.data,
+            "batches": len(batches), "batches digest": digest_of_data(batches),
+        })  # fmt: skip
+        write_settings(args, measured)
 
 
 def check_files(checkpoints: Sequence[Path]) -> None:
@@ -273,6 +285,23 @@ def _parts(value: Any) -> Iterator[bytes]:
             yield from _parts(each)
     else:
         yield repr(value).encode()
+
+
+def write_settings(args: argparse.Namespace, measured: Sequence[Mapping[str, Any]]) -> Path:
+    """Write what a command's tables were made with beside them: ``COMMAND.json``.
+
+    Args:
+        args: of ``Parser``.
+        measured: each model's or run's name, files and digests.
+
+    Returns:
+        The file.
+    """
+    path: Path = args.out / f"{args.command}.json"
+    flags = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
+    whole = {"command": args.command, "fairseq_sam": __version__, "flags": flags, "measured": measured}
+    path.write_text(json.dumps(whole, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    return path
 
 
 class Progress:

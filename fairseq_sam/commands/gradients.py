@@ -39,6 +39,11 @@ def main(arguments: Sequence[str]) -> None:
                 for number, norm in norms.items()
             ]
     write_rows(args.out / "gradients.tsv", rows)
+    logged = [
+        {"name": name, "log": log.resolve(), "digest": common.digest_of_files(log)}
+        for name, log in zip(names, logs, strict=True)
+    ]
+    common.write_settings(args, logged)
     plot(rows, args.out / "gradients.png")
     common.written(args.out / "gradients.tsv", args.out / "gradients.png")
 

@@ -1,8 +1,11 @@
 """The commands of ``fairseq-sam`` on checkpoints of fairseq-train: their tables against numbers worked out apart."""
 
 import csv
+import hashlib
+import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fairseq_sam  # noqa: F401
+import fairseq_sam
 from fairseq_sam.__main__ import COMMANDS, main
 from fairseq_sam.analysis.epsilon import suggest_epsilon
 from fairseq_sam.core.method import PRESETS
@@ -259,6 +262,25 @@ def test_epsilon_of_a_model_before_training(checkpoints, trained, translation_da
     flags = [*runs.TRANSLATION, "--finetune-from-model", checkpoints[0], "--optimizer", "adam", "--max-update", "1"]
     runs.train(translation_data, tmp_path / "tuned", *flags)
     assert main(["epsilon", str(tmp_path / "tuned" / "checkpoint_last.pt"), *words]) == 2
+
+
+def test_settings_are_beside_the_tables(checkpoints, trained, translation_data, tmp_path):
+    words = ["--num-batches", "2", "--max-tokens", "150", "--seed", "7", "--out", str(tmp_path)]
+    assert main(["sharpness", *checkpoints, "--radii", "0.1", "--kinds", "ascent", *words]) == 0
+    found = json.loads((tmp_path / "sharpness.json").read_text())
+    assert (found["command"], found["fairseq_sam"]) == ("sharpness", fairseq_sam.__version__)
+    expected = {"subset": "valid", "num_batches": 2, "max_tokens": 150, "seed": 7, "radii": [0.1], "norm": "l2"}
+    assert expected.items() <= found["flags"].items()
+    for path, model in zip(checkpoints, found["measured"], strict=True):
+        assert model["checkpoint"] == path and Path(model["data"]) == translation_data and model["batches"] == 2
+        assert model["weights"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+    assert len({model["batches digest"] for model in found["measured"]}) == 1
+    assert main(["sharpness", checkpoints[0], "--radii", "0.1", "--kinds", "ascent", *words, "--seed", "8"]) == 0
+    (other,) = json.loads((tmp_path / "sharpness.json").read_text())["measured"]
+    assert other["batches digest"] != found["measured"][0]["batches digest"]
+    assert main(["gradients", str(trained / "adam"), "--out", str(tmp_path)]) == 0
+    (log,) = json.loads((tmp_path / "gradients.json").read_text())["measured"]
+    assert log["log"] == str(trained / "adam" / "gradients.jsonl") and log["name"] == "adam"
 
 
 def answers(path, output):
