@@ -148,6 +148,8 @@ def fisher_eigenvalues(
             gram[rows.start : rows.stop, columns.start : columns.stop] = product
             gram[columns.start : columns.stop, rows.start : rows.stop] = product.T
     weight = sum(weights.values())
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError("the loss of an instance has no finite gradient at the model's weights")
     if not weight > 0:
         raise ValueError(f"expected instances with a positive total weight, got {weight:g} in all")
     values = torch.linalg.eigvalsh(gram / weight).flip(0)[:k]
@@ -211,12 +213,17 @@ def hessian_operator(objective: Objective, products: int = 0, progress: Progress
         objective: L, with weights and data.
         products: how many products are planned, which `progress` is told.
         progress: called after each product.
+
+    Raises:
+        ValueError: from a product that is not finite.
     """
     done = 0
 
     def product(vector: Tensor) -> Tensor:
         nonlocal done
         result = flat(objective.hessian_product(unflat(vector, objective.parameters)))
+        if not bool(torch.isfinite(result).all()):
+            raise ValueError("the loss has no finite second derivatives at the model's weights")
         done += 1
         progress(done, max(done, products))
         return result

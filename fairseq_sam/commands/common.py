@@ -24,6 +24,7 @@ from fairseq_sam.core.method import parse_norm
 
 NO_SETTINGS = ("command", "checkpoints", "runs", "names", "out")  # of the flags
 MOST_SEED = 2**31 - 1
+OUT_OF_MEMORY = "; a smaller --max-tokens or --batch-size, or --cpu, takes less memory"
 SHOWN_EVERY = 10.0  # seconds between two lines of progress where the output is no terminal
 
 
@@ -200,12 +201,45 @@ def trained_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[s
         torch.manual_seed(args.seed)
         trained = Trained(path, args.data, cpu=args.cpu, **options)
         batches = batches_of(args, trained)
+        check_loss(name, trained, batches)
         yield name, trained, batches
         measured.append({
             "name": name, "checkpoint": path.resolve(), "weights": digest_of_files(path), "data": trained.data,
             "batches": len(batches), "batches digest": digest_of_data(batches),
         })  # fmt: skip
         write_settings(args, measured)
+
+
+def check_loss(name: str, trained: Any, batches: list[Any]) -> None:
+    """Refuse a model that cannot be analysed.
+
+    Args:
+        name: of the model.
+        trained: ``Trained``.
+        batches: what it is measured on.
+
+    Raises:
+        ValueError: if its loss is no finite number.
+    """
+    loss = trained.objective(batches).loss()
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss of {name}, {trained.path}, must be a finite number, got {loss:g}; take a checkpoint of before "
+            "its training diverged"
+        )
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """Let errors in what is measured say of which model.
+
+    Raises:
+        ValueError: with the model's name.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_files(checkpoints: Sequence[Path]) -> None:
@@ -348,16 +382,21 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> i
     except Exception as error:
         if not _is_user_s(error):
             raise
-        print(f"fairseq-sam: error: {error}", file=sys.stderr)
+        print(f"fairseq-sam: error: {error}{OUT_OF_MEMORY if _is_out_of_memory(error) else ''}", file=sys.stderr)
         return 2
     return 0
 
 
 def _is_user_s(error: Exception) -> bool:
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError) or _is_out_of_memory(error):
         return True
     errors = sys.modules.get("fairseq_sam.adapter.errors")
     return errors is not None and isinstance(error, errors.UserError)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def written(*paths: Path) -> None:

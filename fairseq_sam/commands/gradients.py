@@ -27,6 +27,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the table and the plot")
     args = parser.parse_args(arguments)
     logs = [run / FILE if run.is_dir() else run for run in args.runs]
+    for run, log in zip(args.runs, logs, strict=True):
+        if not log.is_file():
+            raise ValueError(
+                f"expected a run's folder with {FILE}, or such a file, got {run}; --sam-gradient-log writes it"
+            )
     names = common.model_names(logs, args.names)
     common.make_folder(args.out)
     rows: list[dict[str, Any]] = []

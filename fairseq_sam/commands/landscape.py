@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fairseq_sam.analysis.landscape import difference, filter_normalised, landscape, steps
 from fairseq_sam.analysis.plots import draw_curves, figure, save
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     for name, trained, batches in common.trained_models(args):
         objective = trained.objective(batches, args.exclude)
         if args.before:
-            directions = [difference(objective, weights_of(args.before))]
+            directions = [difference(objective, trained.weights_of(args.before))]
         else:
             directions = [filter_normalised(objective, args.seed), filter_normalised(objective, args.seed + 10**6)]
         settings = {
@@ -73,16 +72,6 @@ def main(arguments: Sequence[str]) -> None:
     image = table.with_suffix(".png")
     (plot_line if kind == "line" else plot_surface)(rows, image)
     common.written(table, image)
-
-
-def weights_of(path: Path) -> Mapping[str, Tensor]:
-    """Return the weights of a checkpoint by their names."""
-    from fairseq import checkpoint_utils
-
-    import fairseq_sam.adapter  # noqa: F401  allows the checkpoints' classes
-
-    weights: Mapping[str, Tensor] = checkpoint_utils.load_checkpoint_to_cpu(str(path))["model"]
-    return weights
 
 
 def shown(number: float) -> str:

@@ -17,6 +17,9 @@ SCORES = {
     "pearson": "Pearson correlation (%)", "spearman": "Spearman correlation (%)", "loss": f"loss ({BITS})",
 }  # fmt: skip
 
+# How fairseq can join subwords.
+JOINED_BY = ("@@ ", "@@", "subword_nmt", "sentencepiece", "wordpiece", "letter", "silence", "_EOW", "none")
+
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint at each radius; write ``robustness.tsv`` and ``robustness.png``."""
@@ -39,7 +42,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--bleu", type=common.integer(0), metavar="BEAM", default=0, help="translate with this beam, and score BLEU"
     )
-    parser.add_argument("--remove-bpe", default="@@ ", help="how subwords are joined for BLEU; default '%(default)s'")
+    parser.add_argument(
+        "--remove-bpe", choices=JOINED_BY, default="@@ ", help="how subwords are joined for BLEU; default '@@ '"
+    )
     args = parser.parse_args(arguments)
     if not (args.l2 or args.linf):
         parser.error("--l2 and --linf must name a radius, got none")
@@ -48,8 +53,9 @@ def main(arguments: Sequence[str]) -> None:
         attack = batches
         if args.attack_subset or args.attack_batches:
             attack = common.batches_of(
-                args, trained, subset=args.attack_subset or args.subset, number=args.attack_batches
-            )
+                args, trained, subset=args.attack_subset or args.subset, number=args.attack_batches,
+                flag="--attack-subset",
+            )  # fmt: skip
         found = robustness(
             trained.objective(attack),
             radii={norm: radii for norm, radii in (("l2", args.l2), ("linf", args.linf)) if radii},
