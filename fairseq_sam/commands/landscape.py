@@ -4,16 +4,23 @@ The line goes from the weights before training (``--before``) to those after, an
 plane's two directions are filter-normalised (Li et al. 2018; FSAM Fig. 4). A stopped command goes on where it was.
 """
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from fairseq_sam.analysis.landscape import difference, filter_normalised, landscape, steps
-from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.objective import Objective
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save
 from fairseq_sam.analysis.tables import now_and_then, read_rows, write_rows
 from fairseq_sam.commands import common
+
+MOST_NAMES = 4  # of parameters in a message
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -49,10 +56,8 @@ def main(arguments: Sequence[str]) -> None:
     wanted = {tuple(map(shown, place)) for place in places}
     for name, trained, batches in common.trained_models(args):
         objective = trained.objective(batches, args.exclude)
-        if args.before:
-            directions = [difference(objective, trained.weights_of(args.before))]
-        else:
-            directions = [filter_normalised(objective, args.seed), filter_normalised(objective, args.seed + 10**6)]
+        with common.about(name):
+            directions = [line(name, trained, objective, args.before)] if args.before else plane(objective, args.seed)
         settings = {
             "model": name, **shared, "data": common.digest_of_data(batches),
             "weights": common.digest_of_files(trained.path, *([args.before] if args.before else [])),
@@ -74,6 +79,24 @@ def main(arguments: Sequence[str]) -> None:
     common.written(table, image)
 
 
+def line(name: str, trained: Any, objective: Objective, before: Path) -> list[Tensor]:
+    """Return the direction from the weights before training, and say which ones are held constant."""
+    weights = trained.weights_of(before)
+    missing = [parameter for parameter in objective.space.names if parameter not in weights]
+    direction = difference(objective, weights)
+    if missing:
+        most = ", ".join(missing[:MOST_NAMES]) + (
+            f" and {len(missing) - MOST_NAMES} more" * (len(missing) > MOST_NAMES)
+        )
+        print(f"{name}: held constant on the line, since {before} lacks them: {most}", file=sys.stderr)
+    return direction
+
+
+def plane(objective: Objective, seed: int) -> list[list[Tensor]]:
+    """Return two random directions."""
+    return [filter_normalised(objective, seed), filter_normalised(objective, seed + 10**6)]
+
+
 def shown(number: float) -> str:
     """Return a coordinate as the table has it."""
     return f"{number:.6f}"
@@ -92,25 +115,36 @@ def plot_line(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         curves[name] = [x for x, _ in own], [loss for _, loss in own]
     made, (axes,) = figure()
     x = "place α: −1 before training, 0 after it"
-    draw_curves(axes, curves, x=x, y="loss (bits)", title="between the weights before and after training")
+    draw_curves(axes, curves, x=x, y=f"loss ({BITS})", title="between the weights before and after training")
     save(made, path)
 
 
 def plot_surface(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the surface of each model as contours, with the same levels for all."""
+    """Draw the surface of each model as filled contours, with the same levels and one colour bar for all."""
     names = list(dict.fromkeys(row["model"] for row in rows))
-    losses = torch.tensor([float(row["loss"]) for row in rows])
-    levels = torch.linspace(float(losses.min()), float(losses.quantile(0.9)), 15).tolist()
+    levels = levels_of([float(row["loss"]) for row in rows])
     made, axes = figure(len(names), 3)
     for place, name in enumerate(names):
         found = {(float(row["x"]), float(row["y"])): float(row["loss"]) for row in rows if row["model"] == name}
         xs, ys = (sorted({point[axis] for point in found}) for axis in (0, 1))
-        grid = [[found.get((x, y), float("nan")) for x in xs] for y in ys]
-        contours = axes[place].contour(xs, ys, grid, levels=levels, cmap="viridis")
-        axes[place].clabel(contours, fontsize=7)
-        axes[place].plot([0.0], [0.0], "k+")
-        axes[place].set_title(name)
-        axes[place].set_xlabel("first direction (filter norms)")
-        axes[place].set_ylabel("second direction (filter norms)")
-    made.suptitle("Loss (bits) around the weights, filter-normalised directions")
+        grid = [[found.get((x, y), math.nan) for x in xs] for y in ys]
+        colours = axes[place].contourf(xs, ys, grid, levels=levels, cmap="viridis_r", extend="max")
+        axes[place].contour(xs, ys, grid, levels=levels, colors="black", linewidths=0.4)
+        axes[place].plot([0.0], [0.0], "wo", markersize=7, markeredgecolor="black")
+        axes[place].plot([0.0], [0.0], "k+", markersize=5)
+        axes[place].set_title(name, parse_math=False)
+        axes[place].set_xlabel("first direction (1: the filters' norms)")
+        axes[place].set_ylabel("second direction (1: the filters' norms)")
+        axes[place].set_aspect("equal")
+    made.colorbar(colours, ax=axes, label=f"loss ({BITS})", ticks=levels)
+    made.suptitle("Around the weights (⊕), in filter-normalised directions")
     save(made, path)
+
+
+def levels_of(losses: Sequence[float]) -> list[float]:
+    """Return round levels from the smallest loss on; the largest tenth of the losses is above the last."""
+    finite = torch.tensor([loss for loss in losses if math.isfinite(loss)] or [0.0], dtype=torch.float64)
+    least, most = float(finite.min()), float(finite.quantile(0.9))
+    most = max(most, least + 1e-6 * max(abs(least), 1.0))
+    levels: list[float] = MaxNLocator(12, steps=[1, 2, 2.5, 5, 10]).tick_values(least, most).tolist()
+    return levels

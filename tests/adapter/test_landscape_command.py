@@ -1,15 +1,20 @@
 """``fairseq-sam landscape``: real interrupts, and which rows of a stopped command are kept."""
 
+import math
 import os
 import shutil
 import signal
 import time
 
 import pytest
+import torch
+from fairseq import checkpoint_utils
 
 from fairseq_sam.__main__ import main
+from fairseq_sam.commands.landscape import levels_of, plot_surface
 from tests.adapter import runs
-from tests.adapter.test_analyses import column, rows_of
+from tests.adapter.test_analyses import column, is_plot, rows_of
+from tests.adapter.test_tasks import RECIPES
 
 pytestmark = pytest.mark.slow
 
@@ -79,3 +84,60 @@ def test_rows_of_other_data_are_not_kept(checkpoints, translation_data, tmp_path
     assert main([*words, "--data", str(data)]) == 0
     after = column(rows_of(table), "loss")
     assert all(first != second for first, second in zip(before, after, strict=True))
+
+
+def classification_loss(path, weights):
+    """Bits per sentence of the validation split, for a classifier with other weights."""
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([path])
+    model.load_state_dict(weights)
+    task.load_dataset("valid")
+    (batch,) = task.get_batch_iterator(task.dataset("valid"), max_sentences=100).next_epoch_itr(shuffle=False)
+    with torch.no_grad():
+        inputs = {**batch["net_input"], "features_only": True}
+        logits, _ = model.eval()(**inputs, classification_head_name="head")
+    return float(torch.nn.functional.cross_entropy(logits, batch["target"].reshape(-1))) / math.log(2)
+
+
+def test_from_a_pretrained_encoder(classification_data, tmp_path, capsys):
+    """Which has no head, and the names of an old fairseq: the head is held constant, and that is said."""
+    flags = [*RECIPES["sentence_prediction"][1], "--optimizer", "adam", "--max-update", "4"]
+    state = runs.train(classification_data, tmp_path / "tuned", *flags)
+    path, after = str(tmp_path / "tuned" / "checkpoint_last.pt"), state["model"]
+    noise = {name: 0.1 * torch.randn_like(weight) for name, weight in after.items()}
+    encoder = {name: weight + noise[name] for name, weight in after.items() if "classification_heads" not in name}
+    encoder["encoder.lm_head.weight"] = encoder["encoder.sentence_encoder.embed_tokens.weight"]  # tied
+    old = {name.replace("encoder.", "decoder.", 1): weight for name, weight in encoder.items()}
+    torch.save({**state, "model": old, "last_optimizer_state": None}, tmp_path / "model.pt")
+    words = ["landscape", path, "--before", str(tmp_path / "model.pt"), "--points", "3", "--out", str(tmp_path)]
+    assert main(words) == 0
+    found = column(rows_of(tmp_path / "line.tsv"), "loss")
+    assert found[0] == pytest.approx(classification_loss(path, {**after, **encoder}), rel=1e-4)
+    assert found[1] == pytest.approx(classification_loss(path, after), rel=1e-4)
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
+    said = f"tuned: held constant on the line, since {tmp_path / 'model.pt'} lacks them: "
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(said)]
+    heads = {name for name in after if "classification_heads" in name}
+    assert set(line.removeprefix(said).split(", ")) == heads and len(heads) == 4
+    shorter = {name: weight[..., :3] for name, weight in old.items()}
+    torch.save({**state, "model": shorter}, tmp_path / "model.pt")
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "error: tuned: expected encoder." in error and "must be excluded (--exclude)" in error
+
+
+def test_levels_are_round_and_those_of_most_of_the_losses():
+    assert levels_of([1.0, 2.0, 2.5, 3.1, 3.9, *[4.0] * 6, 1e9]) == pytest.approx([1 + 0.25 * i for i in range(13)])
+    assert levels_of([1.0, float("inf"), float("nan"), 2.0])[-1] < 2.2
+    assert len(levels_of([3.0, 3.0])) > 1 and len(levels_of([float("nan")])) > 1
+
+
+def test_a_surface_with_losses_that_are_not_finite(tmp_path):
+    losses = {("1", "1"): "inf", ("-1", "1"): "nan"}
+    rows = [
+        {"model": model, "x": x, "y": y, "loss": losses.get((x, y), str(float(x) ** 2 + float(y) ** 2))}
+        for model in ("a_$b$", "_c")
+        for x in ("-1", "0", "1")
+        for y in ("-1", "0", "1")
+    ]
+    plot_surface(rows, tmp_path / "surface.png")
+    assert is_plot(tmp_path / "surface.png")
