@@ -133,6 +133,19 @@ def test_sharpness(checkpoints, tmp_path):
     assert is_plot(tmp_path / "sharpness.png")
 
 
+def test_steps_and_method_of_sharpness(checkpoints, tmp_path):
+    """More steps and another ball change the worst directions, those of instances too; random ones know neither."""
+
+    def measure(*words):
+        kinds = ["--kinds", "worst", "instance", "average", "--radii", "0.5", "--directions", "2", "--instances", "3"]
+        assert main(["sharpness", checkpoints[0], *kinds, *words, "--out", str(tmp_path)]) == 0
+        return {row["direction"]: float(row["sharpness"]) for row in rows_of(tmp_path / "sharpness.tsv")}
+
+    plain, more, scaled = measure("--steps", "1"), measure("--steps", "8"), measure("--steps", "1", "--method", "asam")
+    assert all(more[kind] > plain[kind] and scaled[kind] != plain[kind] for kind in ("worst", "instance"))
+    assert plain["average"] == more["average"] == scaled["average"]
+
+
 def test_spectrum(checkpoints, tmp_path):
     words = ["--top", "3", "--instances", "6", "--samples", "2", "--density-steps", "4", "--out", str(tmp_path)]
     assert main(["spectrum", *checkpoints, *words, "--steps", "25"]) == 0

@@ -74,6 +74,12 @@ BAD = [([command, flag, value], f"{flag}: must be an integer >= 1, got {value}")
         (["robustness", "--l2", "0.1", "0"], "--l2: must be a finite number > 0, got 0"),
         (["sharpness", "--radii", "-0.1"], "--radii: must be a finite number > 0, got -0.1"),
         (["sharpness", "--norm", "l0"], "--norm: must be l2, linf or a number > 1, got l0"),
+        (["sharpness", "--kinds", "average", "--steps", "3"], "--steps is of the --kinds worst, instance only, got"),
+        (
+            ["sharpness", "--kinds", "average", "--method", "asam"],
+            "--method is of the --kinds worst, ascent, instance only, got --kinds average",
+        ),
+        (["sharpness", "--method", "freelb"], "--method: invalid choice: 'freelb' (choose from 'sam', "),
         (["sharpness", "--kinds", "best"], "--kinds: invalid choice: 'best'"),
         (["sharpness", "--seed", "-1"], "--seed: must be an integer from 0 to 2147483647, got -1"),
         (["spectrum", "--unknown"], "unrecognized arguments: --unknown"),
