@@ -130,6 +130,20 @@ def test_too_little_memory(checkpoints, tmp_path, capsys, monkeypatch):
     assert "2.00 GiB; a smaller --max-tokens or --batch-size, or --cpu, takes less memory" in error
 
 
+def test_spectra_that_do_not_fit_into_memory(checkpoints, tmp_path, capsys, monkeypatch):
+    """That of the density is refused before the eigenvalues are computed; the model is named."""
+    weights = sum(w.numel() for w in torch.load(checkpoints[0], weights_only=False)["model"].values())
+    monkeypatch.setattr("fairseq_sam.analysis.memory.free_bytes", lambda device: weights * 4 * 60)
+    words = ["spectrum", checkpoints[0], "--out", str(tmp_path), "--names", "Adam"]
+    for more, steps in (
+        (["--top", "2", "--steps", "5", "--density-steps", "70"], 70),
+        (["--top", "50", "--parts", "hessian"], 120),
+    ):
+        error = error_of([*words, *more], capsys)
+        assert f"error: Adam: Lanczos of {steps} steps over" in error and "--density-steps" in error
+        assert not list(tmp_path.glob("*.tsv"))
+
+
 def test_no_log_of_gradients(trained, tmp_path, capsys):
     for run in (tmp_path, tmp_path / "nowhere"):
         error = error_of(["gradients", str(trained / "adam"), str(run), "--out", str(tmp_path)], capsys)

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from fairseq_sam.analysis.plots import draw_curves, figure, set_log_scale
+from fairseq_sam.commands import spectrum
 
 NAMES = ["_private", "a_$b$_{c}", "10$", "Adam"]
 
@@ -42,3 +43,45 @@ def test_error_bars():
     draw_curves(axes, {"a": ([1.0, 2.0], [3.0, 4.0])}, x="x", y="y", errors={"a": [0.5, 0.25]})
     (bars,) = axes.collections
     assert [tuple(bar[:, 1]) for bar in bars.get_segments()] == [(2.5, 3.5), (3.75, 4.25)]
+
+
+@pytest.fixture
+def saved(monkeypatch, tmp_path):
+    """The figures that the commands save."""
+    found = []
+
+    def save(made, path):
+        made.savefig(tmp_path / path)
+        found.append(made)
+
+    monkeypatch.setattr(spectrum, "save", save)
+    return found
+
+
+def spectrum_of(models, *, eigenvalues=True, density=True):
+    ranks = range(1, 4)
+    return {
+        "trace": [{"model": name, "trace": 12.345, "standard error": 0.678} for name in models],
+        "eigenvalues": [
+            {"model": name, "matrix": "hessian", "rank": rank, "eigenvalue": 1 / rank}
+            for name in models for rank in ranks if eigenvalues
+        ],
+        "density": [
+            {"model": name, "eigenvalue": rank, "density": 1 / rank} for name in models for rank in ranks if density
+        ],
+    }  # fmt: skip
+
+
+def test_spectrum_shows_traces_and_whole_ranks(saved):
+    models = ["_a", "$b$"]
+    with_traces = [f"{name}, trace 12.3 ± 0.68" for name in models]
+    spectrum.plot(spectrum_of(models), "all.png")
+    hessian, density = saved[-1].axes
+    assert [text.get_text() for text in hessian.get_legend().get_texts()] == with_traces
+    assert [text.get_text() for text in density.get_legend().get_texts()] == models
+    assert all(tick == int(tick) for tick in hessian.get_xticks())
+    spectrum.plot(spectrum_of(models, eigenvalues=False), "density.png")
+    assert [text.get_text() for text in saved[-1].axes[0].get_legend().get_texts()] == with_traces
+    spectrum.plot(spectrum_of(models, eigenvalues=False, density=False), "trace.png")
+    labels = saved[-1].axes[0].get_xticklabels()
+    assert [text.get_text() for text in labels] == models and not any(text.get_parse_math() for text in labels)
