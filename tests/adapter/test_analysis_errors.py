@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fairseq_sam.__main__ import main
+from tests.adapter.test_analyses import model_and_valid
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +133,7 @@ def test_too_little_memory(checkpoints, tmp_path, capsys, monkeypatch):
 
 def test_spectra_that_do_not_fit_into_memory(checkpoints, tmp_path, capsys, monkeypatch):
     """That of the density is refused before the eigenvalues are computed; the model is named."""
-    weights = sum(w.numel() for w in torch.load(checkpoints[0], weights_only=False)["model"].values())
+    weights = sum(parameter.numel() for parameter in model_and_valid(checkpoints[0])[0].parameters())
     monkeypatch.setattr("fairseq_sam.analysis.memory.free_bytes", lambda device: weights * 4 * 60)
     words = ["spectrum", checkpoints[0], "--out", str(tmp_path), "--names", "Adam"]
     for more, steps in (
@@ -140,7 +141,10 @@ def test_spectra_that_do_not_fit_into_memory(checkpoints, tmp_path, capsys, monk
         (["--top", "50", "--parts", "hessian"], 120),
     ):
         error = error_of([*words, *more], capsys)
-        assert f"error: Adam: Lanczos of {steps} steps over" in error and "--density-steps" in error
+        assert (
+            f"error: Adam: Lanczos of {steps} steps over {weights:,} weights needs" in error
+            and "--density-steps" in error
+        )
         assert not list(tmp_path.glob("*.tsv"))
 
 
