@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -92,7 +93,7 @@ def set_log_scale(axes: Axes) -> None:
         axes: with curves on it.
     """
     curves = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]  # no ends of error bars
-    values = [float(value) for line in curves for value in line.get_ydata() if math.isfinite(value)]
+    values = [float(value) for line in curves for value in np.asarray(line.get_ydata(), float) if math.isfinite(value)]
     sizes = [abs(value) for value in values if value]
     if sizes and min(values) > 0:
         axes.set_yscale("log")

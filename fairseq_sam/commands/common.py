@@ -366,14 +366,19 @@ class Progress:
         self._stream.flush()
 
 
+def quiet() -> None:
+    """Keep libraries from writing between a command's lines."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+
+
 def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Run a command; what the user can mend is printed in one line.
 
     Returns:
         The exit status: 0, 2 after an error, 130 after Ctrl-C.
     """
-    warnings.simplefilter("ignore")
-    logging.disable(logging.INFO)
+    quiet()
     try:
         command(arguments)
     except KeyboardInterrupt:

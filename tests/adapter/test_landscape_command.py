@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -57,6 +59,15 @@ def test_a_stopped_command_goes_on(checkpoints, tmp_path):
         number = len(rows_of(table)) + 1
     assert main([*words, str(table.parent)]) == 0
     assert table.read_bytes() == (tmp_path / "whole" / "line.tsv").read_bytes()
+
+
+def test_nothing_but_progress_is_on_standard_error(checkpoints, tmp_path):
+    words = [checkpoints[0], "--points", "2", "--num-batches", "1", "--max-tokens", "150", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fairseq_sam", "landscape", *words], capture_output=True, text=True, cwd=runs.ROOT
+    )
+    assert done.returncode == 0 and done.stdout.startswith("written: ")
+    assert [line[:28] for line in done.stderr.splitlines()] == ["landscape of adam: 4 of 4, 0"], done.stderr
 
 
 def test_rows_of_other_data_are_not_kept(checkpoints, translation_data, tmp_path):
