@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 BITS = "bits per token or sentence"  # the unit of losses
 MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":")
@@ -48,14 +49,18 @@ def draw_curves(
 
     Args:
         axes: where.
-        curves: by name, which is shown as it is.
+        curves: by name, which is shown as it is. One without values is not drawn, but keeps its colour, so that a
+            model has the same one in all panels.
         x: label of the horizontal axis, with its unit.
         y: label of the vertical axis, with its unit.
         title: of the panel.
         errors: half the length of the error bars of each value, by name; default none.
         options: of ``Axes.plot``.
     """
+    drawn = [name for name, (places, _) in curves.items() if places]
     for number, (name, (places, values)) in enumerate(curves.items()):
+        if not places:
+            continue
         style = {
             "color": f"C{number}",
             "marker": MARKERS[number % len(MARKERS)],
@@ -68,8 +73,8 @@ def draw_curves(
     axes.set_ylabel(y)
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    if curves:
-        show_names(axes, curves)
+    if drawn:
+        show_names(axes, drawn)
 
 
 def show_names(axes: Axes, names: Iterable[str], **options: Any) -> None:
@@ -84,6 +89,11 @@ def show_names(axes: Axes, names: Iterable[str], **options: Any) -> None:
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_parse_math(False)
         text.set_text(name)
+
+
+def set_whole_numbers(axes: Axes) -> None:
+    """Make the ticks of the horizontal axis whole numbers, such as ranks and layers."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def set_log_scale(axes: Axes) -> None:

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator
-
 from fairseq_sam.analysis.gradients import norms_by_epoch, norms_by_layer, read_gradients
-from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.plots import draw_curves, figure, save, set_whole_numbers
 from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands import common
 
@@ -73,5 +71,5 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             ys.append(row["norm"])
         x = {"epoch": "epoch", "layer": "layer, from the bottom"}[kind]
         draw_curves(axes[place], curves, x=x, y="mean norm of the gradient", title=f"by {kind}")
-        axes[place].xaxis.set_major_locator(MaxNLocator(integer=True))
+        set_whole_numbers(axes[place])
     save(made, path)

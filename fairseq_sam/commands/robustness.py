@@ -89,8 +89,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         curves = {}
         for name in dict.fromkeys(row["model"] for row in rows):
             own = [row for row in rows if row["model"] == name and row["norm"] in ("", norm) and score in row]
-            if own:
-                curves[name] = [row["radius"] for row in own], [row[score] for row in own]
+            curves[name] = [row["radius"] for row in own], [row[score] for row in own]
         label = {"l2": "L2", "linf": "L∞"}.get(norm, norm)
         draw_curves(axes[place], curves, x=f"radius of the corruption, {label}", y=SCORES[score])
     made.suptitle("After adversarial corruptions of the weights")

@@ -9,9 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator
-
-from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_whole_numbers
 from fairseq_sam.analysis.spectrum import (
     TOP,
     Eigenvalues,
@@ -125,7 +123,7 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
             curves = with_traces(curves, traces)
         title = {"hessian": "Hessian", "fisher": "Fisher information"}[matrix]
         draw_curves(axes[place], curves, x="rank", y=f"eigenvalue\n(loss in {BITS})", title=title)
-        axes[place].xaxis.set_major_locator(MaxNLocator(integer=True))
+        set_whole_numbers(axes[place])
     if tables["density"]:
         curves = by_model(tables["density"], "eigenvalue", "density")
         if "hessian" not in matrices:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fairseq_sam.analysis.plots import draw_curves, figure, set_log_scale
+from fairseq_sam.analysis.plots import draw_curves, figure, set_log_scale, set_whole_numbers
 from fairseq_sam.commands import spectrum
 
 NAMES = ["_private", "a_$b$_{c}", "10$", "Adam"]
@@ -17,6 +17,24 @@ def test_names_are_shown_as_they_are(tmp_path):
     texts = axes.get_legend().get_texts()
     assert [text.get_text() for text in texts] == NAMES and not any(text.get_parse_math() for text in texts)
     made.savefig(tmp_path / "plot.png")
+
+
+def test_a_model_has_the_same_colour_in_all_panels():
+    _, axes = figure(2)
+    for panel, first in zip(axes, ([1.0], []), strict=True):
+        draw_curves(panel, {"a": (first, first), "b": ([1.0], [2.0])}, x="x", y="y")
+    colours = [panel.get_lines()[-1].get_color() for panel in axes]
+    assert colours[0] == colours[1] and [text.get_text() for text in axes[1].get_legend().get_texts()] == ["b"]
+
+
+@pytest.mark.parametrize("most", [1, 2, 50])
+def test_whole_numbers(most):
+    _, (axes,) = figure()
+    ranks = [float(rank) for rank in range(1, most + 1)]
+    draw_curves(axes, {"a": (ranks, ranks)}, x="x", y="y")
+    set_whole_numbers(axes)
+    inside = [tick for tick in axes.get_xticks() if 0.9 < tick < most + 0.1]
+    assert inside and all(tick == int(tick) for tick in inside)
 
 
 @pytest.mark.parametrize(
