@@ -2,9 +2,7 @@
 
 import argparse
 import contextlib
-import hashlib
 import itertools
-import json
 import logging
 import math
 import re
@@ -12,17 +10,16 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import torch
 
-from fairseq_sam._version import __version__
+from fairseq_sam.commands.settings import digest_of_data, digest_of_files, write_settings
 from fairseq_sam.core.method import parse_norm
 
-NO_SETTINGS = ("command", "checkpoints", "runs", "names", "out")  # of the flags
 MOST_SEED = 2**31 - 1
 OUT_OF_MEMORY = "; a smaller --max-tokens or --batch-size, or --cpu, takes less memory"
 SHOWN_EVERY = 10.0  # seconds between two lines of progress where the output is no terminal
@@ -281,61 +278,6 @@ def batches_of(args: argparse.Namespace, trained: Any, **changed: Any) -> list[A
     }  # fmt: skip
     found: list[Any] = trained.batches(**{"subset": args.subset, **chosen, **changed})
     return found
-
-
-def digest_of_files(*paths: Path) -> str:
-    """Return a name for what files hold: eight hexadecimal digits."""
-    found = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()[:8]
-
-
-def digest_of_data(batches: Any) -> str:
-    """Return a name for what batches hold, wherever the data lie: eight hexadecimal digits.
-
-    Args:
-        batches: tensors and plain values in lists, tuples and mappings.
-    """
-    found = hashlib.sha256()
-    for part in _parts(batches):
-        found.update(part)
-    return found.hexdigest()[:8]
-
-
-def _parts(value: Any) -> Iterator[bytes]:
-    if isinstance(value, torch.Tensor):
-        yield f"{value.dtype} {tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, Mapping):
-        yield b"mapping"
-        for key in sorted(value, key=str):
-            yield from (str(key).encode(), *_parts(value[key]))
-    elif isinstance(value, list | tuple):
-        yield f"{len(value)} parts".encode()
-        for each in value:
-            yield from _parts(each)
-    else:
-        yield repr(value).encode()
-
-
-def write_settings(args: argparse.Namespace, measured: Sequence[Mapping[str, Any]]) -> Path:
-    """Write what a command's tables were made with beside them: ``COMMAND.json``.
-
-    Args:
-        args: of ``Parser``.
-        measured: each model's or run's name, files and digests.
-
-    Returns:
-        The file.
-    """
-    path: Path = args.out / f"{args.command}.json"
-    flags = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
-    whole = {"command": args.command, "fairseq_sam": __version__, "flags": flags, "measured": measured}
-    path.write_text(json.dumps(whole, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    return path
 
 
 class Progress:

@@ -11,6 +11,7 @@ from fairseq_sam.analysis.gradients import norms_by_epoch, norms_by_layer, read_
 from fairseq_sam.analysis.plots import draw_curves, figure, save, set_whole_numbers
 from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands import common
+from fairseq_sam.commands.settings import digest_of_files, write_settings
 
 FILE = "gradients.jsonl"
 
@@ -43,10 +44,10 @@ def main(arguments: Sequence[str]) -> None:
             ]
     write_rows(args.out / "gradients.tsv", rows)
     logged = [
-        {"name": name, "log": log.resolve(), "digest": common.digest_of_files(log)}
+        {"name": name, "log": log.resolve(), "digest": digest_of_files(log)}
         for name, log in zip(names, logs, strict=True)
     ]
-    common.write_settings(args, logged)
+    write_settings(args, logged)
     plot(rows, args.out / "gradients.png")
     common.written(args.out / "gradients.tsv", args.out / "gradients.png")
 

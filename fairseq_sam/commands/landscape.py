@@ -19,6 +19,7 @@ from fairseq_sam.analysis.objective import Objective
 from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save
 from fairseq_sam.analysis.tables import now_and_then, read_rows, write_rows
 from fairseq_sam.commands import common
+from fairseq_sam.commands.settings import digest_of_data, digest_of_files
 
 MOST_NAMES = 4  # of parameters in a message
 
@@ -59,8 +60,8 @@ def main(arguments: Sequence[str]) -> None:
         with common.about(name):
             directions = [line(name, trained, objective, args.before)] if args.before else plane(objective, args.seed)
         settings = {
-            "model": name, **shared, "data": common.digest_of_data(batches),
-            "weights": common.digest_of_files(trained.path, *([args.before] if args.before else [])),
+            "model": name, **shared, "data": digest_of_data(batches),
+            "weights": digest_of_files(trained.path, *([args.before] if args.before else [])),
         }  # fmt: skip
         kept = [row for row in earlier if settings.items() <= row.items() and place_of(row) in wanted]
         rows += kept

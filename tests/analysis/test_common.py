@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from fairseq_sam.__main__ import main
 from fairseq_sam.commands.common import model_names
+from fairseq_sam.commands.settings import digest_of_data
 
 
 @pytest.mark.parametrize(
@@ -119,3 +121,18 @@ def test_all_checkpoints_must_be_there_before_one_is_measured(tmp_path, capsys):
         assert main(words) == 2
         assert f"{tmp_path / other}, which is {reason}" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+def test_digest_of_data():
+    """Equal for equal sentences in equal batches, in whatever order their parts are named; else different."""
+    tokens = torch.arange(6)
+    batches = [{"id": tokens[:2], "net_input": {"src_tokens": tokens.reshape(2, 3), "ntokens": 6, "prev": None}}]
+    same = [{"net_input": {"prev": None, "ntokens": 6, "src_tokens": tokens.reshape(2, 3).clone()}, "id": tokens[:2]}]
+    assert digest_of_data(batches) == digest_of_data(same) and len(digest_of_data(batches)) == 8
+    others = [
+        [], batches * 2, [{"id": tokens[:2]}], [{**batches[0], "id": tokens[:2].int()}],
+        [{**batches[0], "net_input": {**batches[0]["net_input"], "src_tokens": tokens.reshape(3, 2)}}],
+        [{**batches[0], "net_input": {**batches[0]["net_input"], "ntokens": 7}}],
+        [{**batches[0], "id": torch.tensor([True, False])}], [{**batches[0], "id": torch.tensor(1)}],
+    ]  # fmt: skip
+    assert len({digest_of_data(each) for each in [batches, *others]}) == len(others) + 1
