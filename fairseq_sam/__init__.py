@@ -27,16 +27,18 @@ Without fairseq, ``fairseq_sam.SharpnessAware`` gives the same methods to a plai
 
 import importlib.util
 
+from fairseq_sam._quiet import quiet_imports
 from fairseq_sam._version import __version__
 from fairseq_sam.core import PRESETS, InstanceBatch, Method, SharpnessAware, WordEmbeddings
 
 __all__ = ["PRESETS", "InstanceBatch", "Method", "SharpnessAware", "WordEmbeddings", "__version__"]
 
 if importlib.util.find_spec("fairseq") is not None:
-    import fairseq_sam.adapter
+    with quiet_imports():
+        import fairseq_sam.adapter
 
-    # fairseq imports these itself, but not if the package was imported before it reads --user-dir.
-    import fairseq_sam.models.bert
-    import fairseq_sam.models.textcnn
-    import fairseq_sam.tasks.sentence_embedding
-    import fairseq_sam.tasks.span_prediction  # noqa: F401
+        # fairseq imports these itself, but not if the package was imported before it reads --user-dir.
+        import fairseq_sam.models.bert
+        import fairseq_sam.models.textcnn
+        import fairseq_sam.tasks.sentence_embedding
+        import fairseq_sam.tasks.span_prediction  # noqa: F401

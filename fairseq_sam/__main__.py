@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] in COMMANDS:
         from fairseq_sam.commands import common
 
+        common.quiet()
         module = importlib.import_module(f"fairseq_sam.commands.{words[0]}")
         return common.run(module.main, words[1:])
     commands = "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items())

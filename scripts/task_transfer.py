@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fairseq_sam.analysis.plots import figure, save  # noqa: E402
+from fairseq_sam.analysis.plots import figure, save, show_names  # noqa: E402
 from fairseq_sam.analysis.tables import write_rows  # noqa: E402
 from fairseq_sam.commands import common  # noqa: E402
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
         prog="task_transfer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoints", nargs="+", type=Path, help="fine-tuned by the task sentence_prediction")
-    parser.add_argument("--names", nargs="+", help="names of the models; default their folders'")
+    parser.add_argument("--names", nargs="+", help="names of the models; default what their paths differ in")
     parser.add_argument("--tasks", nargs="+", type=Path, required=True, help="folders of prepare_glue.py")
     parser.add_argument("--out", type=Path, required=True, help=f"folder for {TABLE} and {PLOT}")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> None:
     from scripts.recipes.probes import probe
 
     models = dict(zip(common.model_names(args.checkpoints, args.names), args.checkpoints, strict=True))
+    common.check_files(args.checkpoints)
+    common.make_folder(args.out)
     tasks = [Folder(path) for path in args.tasks]
     progress, rows = common.Progress("task transfer"), []
     for name, checkpoint in models.items():
@@ -87,14 +89,14 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         }
         places = [place + (number - (len(models) - 1) / 2) * width for place in range(len(shown))]
         bars = axes.bar(
-            places, [values[task] for task in shown], width, label=model, color=f"C{number}", edgecolor="black",
+            places, [values[task] for task in shown], width, label=str(number), color=f"C{number}", edgecolor="black",
             hatch=("", "//", "..", "xx")[number % 4],
         )  # fmt: skip
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.set_xticks(range(len(shown)), [f"{task}\n{metric}" for task, metric in shown.items()])
     axes.set_ylabel("score of a linear probe (× 100)")
     axes.margins(y=0.12)
-    axes.legend()
+    show_names(axes, models)
     save(made, path)
 
 

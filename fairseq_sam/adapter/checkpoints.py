@@ -74,7 +74,7 @@ def explain_unreadable_checkpoints() -> None:
     def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
         broken = _broken_record(path)
         if broken:
-            raise CheckpointError(_damaged(path, f"the checksum of {broken} is not that of its content"))
+            raise _damaged(path, f"the checksum of {broken} is not that of its content")
         try:
             return original(path, *args, **kwargs)
         except (CheckpointError, FileNotFoundError, MemoryError):
@@ -83,7 +83,7 @@ def explain_unreadable_checkpoints() -> None:
                 TypeError, AttributeError, AssertionError) as error:  # fmt: skip
             if "out of memory" in str(error):
                 raise
-            raise CheckpointError(_explanation(path, error)) from None
+            raise _explained(path, error) from None
 
     load_checkpoint_to_cpu.explains = True  # type: ignore[attr-defined]
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
@@ -100,7 +100,7 @@ def _broken_record(path: str) -> str | None:
         return "its records"
 
 
-def _explanation(path: str, error: Exception) -> str:
+def _explained(path: str, error: Exception) -> CheckpointError:
     if isinstance(error, EOFError):
         return _damaged(path, "it ends too early")
     if isinstance(error, RuntimeError | OSError | struct.error | UnicodeError):
@@ -113,18 +113,19 @@ def _explanation(path: str, error: Exception) -> str:
     if unknown is None:
         return _damaged(path, "torch's safe loader cannot read it")
     name = unknown.group(1) or unknown.group(2)
-    return (
+    return CheckpointError(
         f"{path} holds {name}, which no checkpoint of fairseq does; it was not loaded, nothing in it was "
         "executed. Take a checkpoint that you trust; a class of your own can be allowed by "
         "torch.serialization.add_safe_globals in your user-dir"
     )
 
 
-def _damaged(path: str, reason: str) -> str:
-    return (
-        f"{path} is damaged or no checkpoint: {reason}. Nothing of it was loaded; name another with --restore-file, "
-        "such as the newest checkpoint_<epoch>_<update>.pt, or remove it to begin anew"
+def _damaged(path: str, reason: str) -> CheckpointError:
+    advice = (
+        "; name another with --restore-file, such as the newest checkpoint_<epoch>_<update>.pt, or remove it to "
+        "begin anew"
     )
+    return CheckpointError(f"{path} is damaged or no checkpoint: {reason}. Nothing of it was loaded", advice)
 
 
 def average_weights(paths: Sequence[str | Path]) -> dict[str, Any]:

@@ -17,7 +17,16 @@ class ConfigurationError(UserError, ValueError):
 
 
 class CheckpointError(UserError, pickle.UnpicklingError):
-    """A checkpoint that cannot be read, or holds what no checkpoint should."""
+    """A checkpoint that cannot be read, or holds what no checkpoint should.
+
+    Args:
+        finding: what is wrong with it.
+        advice: what to do in training; follows the finding.
+    """
+
+    def __init__(self, finding: str, advice: str = "") -> None:
+        super().__init__(finding + advice)
+        self.finding = finding
 
 
 def show_user_errors_in_one_line() -> None:

@@ -3,7 +3,9 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,14 @@ from torch import Tensor, nn
 
 from fairseq_sam.adapter.batches import Call, MicroBatch, UpdateBatch, summed_loss
 from fairseq_sam.adapter.embeddings import word_embeddings
-from fairseq_sam.adapter.errors import UserError
+from fairseq_sam.adapter.errors import CheckpointError, UserError
 from fairseq_sam.adapter.slicing import Slicer
 from fairseq_sam.analysis.epsilon import Probe, method_probe
 from fairseq_sam.analysis.objective import Objective, evaluating
 from fairseq_sam.core.method import Method
 
 BLEU = {"eval_bleu": True, "eval_bleu_detok": "space", "eval_bleu_print_samples": False}
+FOR_ANALYSES = "; analyses take the checkpoints that fairseq-train writes, whole ones"
 SKIPPED_METRICS = ("num_updates", "wps", "ups", "wpb", "bsz", "ntokens", "nsentences", "sample_size")
 
 
@@ -39,7 +42,8 @@ class Trained:
         remove_bpe: how subwords are joined before BLEU is computed, as in ``fairseq-generate --remove-bpe``.
 
     Raises:
-        UserError: if the checkpoint or its data cannot be read, or `bleu` is asked for and it does not translate.
+        UserError: if the checkpoint or its data cannot be read, do not fit together or hold weights that are no
+            finite numbers, or `bleu` is asked for and it does not translate.
     """
 
     def __init__(
@@ -57,12 +61,18 @@ class Trained:
         if not Path(path).is_file():
             raise UserError(f"expected a checkpoint, got {path}, which is no file")
         self.path = Path(path)
-        models, self.cfg, self.task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+        models, self.cfg, self.task = _loaded(path, overrides)
         self._use_cuda = torch.cuda.is_available() and not cpu
         self.model: Any = models[0].cuda() if self._use_cuda else models[0]
         if bleu and not getattr(self.task.cfg, "eval_bleu", False):
             raise UserError(f"--bleu needs a model that translates, but {path} is of the task {self.cfg.task._name}")
         self.criterion = _plain_criterion(self.task, self.cfg.criterion)
+        _check_finite(path, dict(self.model.named_parameters()))
+
+    @property
+    def data(self) -> str:
+        """The folder of its data."""
+        return str(getattr(self.cfg.task, "data", ""))
 
     def forget(self, seed: int) -> None:
         """Put the model's weights back to before training: new ones.
@@ -93,6 +103,7 @@ class Trained:
         batch_size: int | None = None,
         number: int | None = None,
         seed: int = 1,
+        flag: str = "--subset",
     ) -> list[Any]:
         """Return batches of a split of the data, on the model's device.
 
@@ -102,29 +113,48 @@ class Trained:
             batch_size: largest number of sentences in a batch; None for no limit.
             number: how many batches, chosen at random; default all.
             seed: of the choice.
+            flag: which names the split.
 
         Raises:
-            UserError: if the data have no such split.
+            UserError: if the data have no such split, or none of its sentences can be measured.
         """
         try:
             self.task.load_dataset(subset, combine=False, epoch=1, task_cfg=self.cfg.task)
-        except FileNotFoundError as error:
-            raise UserError(f"--subset {subset} is not in the data: {error}") from None
-        iterator = self.task.get_batch_iterator(
-            dataset=self.task.dataset(subset),
+        except Exception as error:  # each task's own
+            if isinstance(error, MemoryError):
+                raise
+            raise UserError(f"{flag} {subset} is not in the data, {self.data}: {_line(error)}") from error
+        dataset = self.task.dataset(subset)
+        try:
+            iterator = self._iterator(dataset, max_tokens, batch_size, seed)
+        except AssertionError as error:
+            if "max_tokens" not in str(error):
+                raise
+            longest = max(int(dataset.num_tokens(index)) for index in range(len(dataset)))
+            raise UserError(
+                f"--max-tokens must be at least {longest}, the tokens of the longest sentence of {subset}, "
+                f"got {max_tokens}"
+            ) from None
+        batches = iterator.next_epoch_itr(shuffle=number is not None)
+        found: list[Any] = []
+        for batch in batches:
+            if number is not None and len(found) == number:
+                break
+            found.append(utils.move_to_cuda(batch) if self._use_cuda else batch)
+        if not found:
+            raise UserError(f"{flag} {subset} of {self.data} has no sentence that the model of {self.path} takes")
+        return found
+
+    def _iterator(self, dataset: Any, max_tokens: int | None, batch_size: int | None, seed: int) -> Any:
+        return self.task.get_batch_iterator(
+            dataset=dataset,
             max_tokens=max_tokens,
             max_sentences=batch_size,
             max_positions=utils.resolve_max_positions(self.task.max_positions(), self.model.max_positions()),
             ignore_invalid_inputs=True,
             required_batch_size_multiple=1,
             seed=seed,
-        ).next_epoch_itr(shuffle=number is not None)
-        found: list[Any] = []
-        for batch in iterator:
-            if number is not None and len(found) == number:
-                break
-            found.append(utils.move_to_cuda(batch) if self._use_cuda else batch)
-        return found
+        )
 
     def loss_sum(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
         """A batch's summed loss (bits) and its weight: number of tokens or sentences."""
@@ -175,8 +205,32 @@ class Trained:
         Args:
             batches: from ``batches``.
             exclude: regular expression; parameters whose name it matches are held constant.
+
+        Raises:
+            UserError: if it matches all.
         """
+        if exclude and all(re.search(exclude, name) for name, _ in self.model.named_parameters()):
+            raise UserError(f"--exclude must leave a parameter of {self.path}, but {exclude!r} matches all")
         return Objective(self.model, batches, self.loss_sum, exclude=exclude)
+
+    def weights_of(self, path: str | Path) -> dict[str, Tensor]:
+        """Return the weights of another checkpoint by this model's names, as fairseq would load them.
+
+        Args:
+            path: the checkpoint, such as a pretrained one; what the model has more than it is not among them.
+
+        Raises:
+            UserError: if it cannot be read, or holds weights that are no finite numbers.
+        """
+        try:
+            weights: dict[str, Tensor] = dict(checkpoint_utils.load_checkpoint_to_cpu(str(path))["model"])
+        except CheckpointError as error:
+            raise CheckpointError(error.finding, FOR_ANALYSES) from None
+        self.model.upgrade_state_dict(weights)  # may fill in the model's own weights for those that are not there
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        found = {name: weight for name, weight in weights.items() if weight.untyped_storage().data_ptr() not in own}
+        _check_finite(path, found)
+        return found
 
     def save(self, path: Path) -> Path:
         """Write a checkpoint of the model as it is now, without the optimizer's state.
@@ -190,17 +244,23 @@ class Trained:
         return path
 
     def scores(self, batches: Sequence[Any]) -> dict[str, float]:
-        """Return what fairseq's validation reports of the model as it is: loss, perplexity, accuracy, BLEU.
+        """Return what fairseq's validation reports of the model as it is: loss, perplexity, accuracy, F1, BLEU.
 
         Args:
             batches: from ``batches``.
+
+        Returns:
+            Its numbers by name; what is no single number, such as all predictions, is left out.
         """
         with evaluating(self.model):
             logs = [self.task.valid_step(batch, self.model, self.criterion)[2] for batch in batches]
         with metrics.aggregate(new_root=True) as found:
             self.task.reduce_metrics(logs, self.criterion)
-        values = {name: value for name, value in found.get_smoothed_values().items() if name not in SKIPPED_METRICS}
-        return {name: float(value) for name, value in values.items() if not name.startswith("_")}
+        return {
+            name: float(value)
+            for name, value in found.get_smoothed_values().items()
+            if name not in SKIPPED_METRICS and _is_number(value)
+        }
 
 
 class Backward:
@@ -209,6 +269,41 @@ class Backward:
     def backward(self, loss: Tensor) -> None:
         """Run backward."""
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _loaded(path: str | Path, overrides: dict[str, Any]) -> tuple[list[Any], Any, Any]:
+    """What fairseq makes of a checkpoint: models, configuration and task."""
+    try:
+        return checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+    except CheckpointError as error:
+        raise CheckpointError(error.finding, FOR_ANALYSES) from None
+    except Exception as error:
+        if isinstance(error, UserError | MemoryError) or "out of memory" in str(error):
+            raise
+        where = f"those in {overrides['data']} (--data)" if "data" in overrides else "those that it names"
+        raise UserError(
+            f"{path} and its data do not fit together, or are of a model that is not known here: {_line(error)}. "
+            f"The data are {where}; they must be those of the task that the model was trained on, with its dictionaries"
+        ) from error
+
+
+def _check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
+    bad = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(
+            f"{path} holds weights that are no finite numbers, in {bad[0]}{more}; take a checkpoint of before its "
+            "training diverged"
+        )
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def _plain_criterion(task: Any, cfg: Any) -> Any:

@@ -43,9 +43,14 @@ def ball(epsilon: float, norm: str | float = "l2", steps: int = 1, base: Method 
     """
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < float("inf"):
         raise ValueError(f"epsilon must be a finite number > 0, got {epsilon!r}")
-    if base.where != "weights" or base.ascent != "batch" or base.mask != "none":
+    if not moves_all_weights(base):
         raise ValueError(f"method must move all weights along the gradient of batches, got {base.name}")
     return replace(base, epsilon=float(epsilon), norm=parse_norm(norm), steps=steps, step_size=None)
+
+
+def moves_all_weights(method: Method) -> bool:
+    """Return whether a method moves all weights along the gradient of batches, as corruptions do."""
+    return method.where == "weights" and method.ascent == "batch" and method.mask == "none"
 
 
 @contextmanager

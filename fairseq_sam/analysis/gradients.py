@@ -42,12 +42,20 @@ def read_gradients(path: str | Path) -> list[Gradient]:
     found = []
     for line, row in log_lines(Path(path)):
         try:
-            found.append(Gradient(int(row["epoch"]), int(row["update"]), float(row["norm"]), dict(row["norms"])))
-        except (KeyError, TypeError, ValueError):
+            norms = {str(name): _norm(value) for name, value in row["norms"].items()}
+            found.append(Gradient(int(row["epoch"]), int(row["update"]), _norm(row["norm"]), norms))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise ValueError(f"expected a log of --sam-gradient-log, but {path} has the line {line[:80]!r}") from None
     if not found:
         raise ValueError(f"expected a log of --sam-gradient-log with at least one update, got {path}")
     return found
+
+
+def _norm(value: Any) -> float:
+    norm = float(value)
+    if not 0 <= norm < math.inf:
+        raise ValueError(f"expected a norm, got {value!r}")
+    return norm
 
 
 def log_lines(path: Path) -> list[tuple[str, Any]]:

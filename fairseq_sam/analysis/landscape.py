@@ -64,20 +64,30 @@ def landscape(
 def difference(objective: Objective, others: Mapping[str, Tensor]) -> list[Tensor]:
     """Return the direction ``w - v`` from other weights v to the model's (FSAM Fig. 5: from the pretrained weights).
 
+    Parameters that the others lack, such as the head of a task that a pretrained model was fine-tuned on, are held
+    constant: there the direction is 0.
+
     Args:
         objective: the model with weights w.
-        others: v, by the parameters' names.
+        others: v, by the parameters' names; those that the model lacks do not count.
 
     Raises:
-        ValueError: if a parameter is missing or has another shape there.
+        ValueError: if a parameter has another shape there, or all are missing.
     """
     found = []
     for name, parameter in zip(objective.space.names, objective.parameters, strict=True):
-        other = others.get(name)
-        if other is None or other.shape != parameter.shape:
-            there = "is missing" if other is None else f"has the shape {tuple(other.shape)}"
-            raise ValueError(f"expected {name} with the shape {tuple(parameter.shape)} in both models, but it {there}")
+        other = others.get(name, parameter.detach())
+        if other.shape != parameter.shape:
+            raise ValueError(
+                f"expected {name} with the shape {tuple(parameter.shape)} in both models, but the other one's is "
+                f"{tuple(other.shape)}; parameters of other shapes must be excluded (--exclude)"
+            )
         found.append(parameter.detach() - other.to(parameter))
+    if not set(others) & set(objective.space.names):
+        raise ValueError(
+            f"expected models with parameters in common, but the other one lacks {objective.space.names[0]} "
+            "and all others"
+        )
     return found
 
 

@@ -1,12 +1,16 @@
 """Plots of analyses, one curve for each model, for the screen and for black-and-white print."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+BITS = "bits per token or sentence"  # the unit of losses
 MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":")
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by name, places and values
 
@@ -31,30 +35,80 @@ def figure(
     return made, axes[:panels]
 
 
-def draw_curves(axes: Axes, curves: Curves, *, x: str, y: str, title: str = "", **options: Any) -> None:
+def draw_curves(
+    axes: Axes,
+    curves: Curves,
+    *,
+    x: str,
+    y: str,
+    title: str = "",
+    errors: Mapping[str, Sequence[float]] | None = None,
+    **options: Any,
+) -> None:
     """Draw curves with a legend.
 
     Args:
         axes: where.
-        curves: by name.
+        curves: by name, which is shown as it is. One without values is not drawn, but keeps its colour, so that a
+            model has the same one in all panels.
         x: label of the horizontal axis, with its unit.
         y: label of the vertical axis, with its unit.
         title: of the panel.
+        errors: half the length of the error bars of each value, by name; default none.
         options: of ``Axes.plot``.
     """
+    drawn = [name for name, (places, _) in curves.items() if places]
     for number, (name, (places, values)) in enumerate(curves.items()):
+        if not places:
+            continue
         style = {
             "color": f"C{number}",
             "marker": MARKERS[number % len(MARKERS)],
             "linestyle": LINES[number % len(LINES)],
         }
-        axes.plot(places, values, label=name, markersize=4, **{**style, **options})
+        axes.plot(places, values, label=str(number), markersize=4, **{**style, **options})
+        if errors is not None:
+            axes.errorbar(places, values, errors[name], fmt="none", ecolor=f"C{number}", capsize=3)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    if curves:
-        axes.legend()
+    if drawn:
+        show_names(axes, drawn)
+
+
+def show_names(axes: Axes, names: Iterable[str], **options: Any) -> None:
+    """Draw a legend; the names are shown as they are, also with signs that matplotlib takes for formulas.
+
+    Args:
+        axes: whose curves have labels, which the names replace.
+        names: in the order of the curves.
+        options: of ``Axes.legend``.
+    """
+    legend = axes.legend(**{"fontsize": "small", "framealpha": 0.7, **options})
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
+
+
+def set_whole_numbers(axes: Axes) -> None:
+    """Make the ticks of the horizontal axis whole numbers, such as ranks and layers."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def set_log_scale(axes: Axes) -> None:
+    """Make the scale of the values a logarithmic one; with values that are not positive, one that is linear near 0.
+
+    Args:
+        axes: with curves on it.
+    """
+    curves = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]  # no ends of error bars
+    values = [float(value) for line in curves for value in np.asarray(line.get_ydata(), float) if math.isfinite(value)]
+    sizes = [abs(value) for value in values if value]
+    if sizes and min(values) > 0:
+        axes.set_yscale("log")
+    elif sizes:
+        axes.set_yscale("symlog", linthresh=min(sizes))
 
 
 def save(made: Figure, path: Path) -> None:

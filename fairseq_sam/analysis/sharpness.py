@@ -172,6 +172,7 @@ def adversarial_risk(
     epsilon: float,
     norm: str | float = "l2",
     steps: int = 1,
+    method: Method = PRESETS["sam"],
     progress: Progress = unseen,
 ) -> Sharpness:
     """Measure the per-instance adversarial risk: each instance's loss at the worst weights for it (delta-SAM eq. 2).
@@ -183,6 +184,7 @@ def adversarial_risk(
         epsilon: radius of each instance's ball, > 0 (delta-SAM Table 4: 0.05).
         norm: of the ball.
         steps: ascent steps for each instance, >= 1.
+        method: gives scale T and granularity.
         progress: called after each instance.
 
     Returns:
@@ -191,11 +193,11 @@ def adversarial_risk(
     Raises:
         ValueError: if a value is out of range, or there is no data.
     """
-    method, all_instances = ball(epsilon, norm, steps), list(instances)
+    own, all_instances = ball(epsilon, norm, steps, method), list(instances)
     clean = worst = weight = 0.0
     for number, instance in enumerate(all_instances, 1):
         objective = Objective(model, [instance], loss_sum)
-        with corrupted(objective, method) as found:
+        with corrupted(objective, own) as found:
             last = objective.loss()
         clean += found.losses[0] * objective.weight
         worst += max(*found.losses, last) * objective.weight

@@ -9,10 +9,12 @@ from hessian_eigenthings import LambdaOperator, hutchinson, lanczos, spectral_de
 from torch import Tensor, nn
 
 from fairseq_sam.analysis.corruption import Progress, unseen
+from fairseq_sam.analysis.memory import check_memory
 from fairseq_sam.analysis.objective import LossSum, Objective
 
 TOP = 50  # GA-SAM Fig. 3
 MOST_NUMBERS = 2**28
+WORKING_VECTORS = 6  # at the same time, in a step of Lanczos and a Hessian product
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Eigenvalues:
 
     Attributes:
         values: eigenvalues, the largest first.
-        residuals: for each, the norm of ``H v - lambda v``, v its unit eigenvector; 0 where they are exact.
+        residuals: for each, the norm of ``H v - lambda v``, v its unit eigenvector, as Lanczos estimates it from its
+            last step, without a further product; 0 where they are exact.
     """
 
     values: Tensor  # (k,)
@@ -73,11 +76,12 @@ def hessian_eigenvalues(
         The eigenvalues, with their residuals.
 
     Raises:
-        ValueError: if k or `steps` is out of range, or there is no data.
+        ValueError: if k or `steps` is out of range, there is too little memory or no data.
     """
-    _check("k", k, 1, objective.size)
+    _check("k (--top)", k, 1, objective.size)
     number = min(2 * k + 20, objective.size) if steps is None else steps
-    _check("steps", number, k, objective.size)
+    _check("steps (--steps)", number, k, objective.size)
+    check_lanczos(objective, number, k)
     found = lanczos(
         hessian_operator(objective, number, progress), k=k, max_iter=number, reorthogonalize=True, which="LA", seed=seed
     )
@@ -118,7 +122,7 @@ def fisher_eigenvalues(
     Raises:
         ValueError: if k or `block` is out of range, or the weights are all 0.
     """
-    _check("k", k, 1, len(instances))
+    _check("k (--top)", k, 1, len(instances))
     objective = Objective(model, [], loss_sum, exclude=exclude)
     block = max(1, MOST_NUMBERS // objective.size) if block is None else block
     _check("block", block, 1)
@@ -148,6 +152,8 @@ def fisher_eigenvalues(
             gram[rows.start : rows.stop, columns.start : columns.stop] = product
             gram[columns.start : columns.stop, rows.start : rows.stop] = product.T
     weight = sum(weights.values())
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError("the loss of an instance has no finite gradient at the model's weights")
     if not weight > 0:
         raise ValueError(f"expected instances with a positive total weight, got {weight:g} in all")
     values = torch.linalg.eigvalsh(gram / weight).flip(0)[:k]
@@ -191,14 +197,39 @@ def hessian_density(
         progress: called after each Hessian product.
 
     Raises:
-        ValueError: if a number is out of range, or there is no data.
+        ValueError: if a number is out of range, there is too little memory or no data.
     """
-    _check("steps", steps, 1, objective.size)
+    _check("steps (--density-steps)", steps, 1, objective.size)
     _check("runs", runs, 1)
     _check("points", points, 2)
+    check_lanczos(objective, steps)
     operator = hessian_operator(objective, steps * runs, progress)
     found = spectral_density(operator, num_runs=runs, lanczos_steps=steps, num_grid_points=points, seed=seed)
     return Density(found.grid, found.density, found.sigma)
+
+
+def check_lanczos(objective: Objective, steps: int, k: int = 0) -> None:
+    """Refuse Lanczos with full reorthogonalisation where its vectors do not fit into the free memory.
+
+    Each step keeps a vector of the weights' size, and so does each eigenvector at the end; beside them a few are at
+    work. What the batches need is not counted.
+
+    Args:
+        objective: L, with weights and data.
+        steps: of Lanczos.
+        k: eigenvectors.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    first = objective.parameters[0]
+    vectors = steps + max(k, WORKING_VECTORS)
+    check_memory(
+        vectors * objective.size * first.element_size(),
+        first.device,
+        f"Lanczos of {steps} steps over {objective.size:,} weights",
+        "lower --steps, --top or --density-steps, or hold parameters constant with --exclude",
+    )
 
 
 def hessian_operator(objective: Objective, products: int = 0, progress: Progress = unseen) -> LambdaOperator:
@@ -211,12 +242,17 @@ def hessian_operator(objective: Objective, products: int = 0, progress: Progress
         objective: L, with weights and data.
         products: how many products are planned, which `progress` is told.
         progress: called after each product.
+
+    Raises:
+        ValueError: from a product that is not finite.
     """
     done = 0
 
     def product(vector: Tensor) -> Tensor:
         nonlocal done
         result = flat(objective.hessian_product(unflat(vector, objective.parameters)))
+        if not bool(torch.isfinite(result).all()):
+            raise ValueError("the loss has no finite second derivatives at the model's weights")
         done += 1
         progress(done, max(done, products))
         return result

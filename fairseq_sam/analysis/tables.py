@@ -1,7 +1,9 @@
 """Numbers of an analysis in a file: a header, then a row for each measurement; goes on after a stop."""
 
 import csv
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +36,31 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def shown(value: Any) -> str:
     """Return a number with six significant digits, anything else as it is."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def now_and_then(write: Callable[[], None], every: float = 1.0) -> Iterator[Callable[[], None]]:
+    """Let a long measurement write what it has, so that a kill loses little.
+
+    Args:
+        write: writes all that was measured.
+        every: seconds that must have passed since it was last called.
+
+    Yields:
+        A function to be called after each measurement. It writes if it is time to; at the end, after an interrupt
+        too, what is not yet written is.
+    """
+    last, is_written = time.monotonic(), True
+
+    def added() -> None:
+        nonlocal last, is_written
+        is_written = False
+        if time.monotonic() - last >= every:
+            write()
+            last, is_written = time.monotonic(), True
+
+    try:
+        yield added
+    finally:
+        if not is_written:
+            write()

@@ -1,21 +1,52 @@
 """What the commands share: checkpoints and data on the command line, progress, errors in one line."""
 
 import argparse
+import contextlib
+import itertools
 import logging
+import math
+import re
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 
+from fairseq_sam.commands.settings import digest_of_data, digest_of_files, write_settings
+from fairseq_sam.core.method import parse_norm
+
+MOST_SEED = 2**31 - 1
+OUT_OF_MEMORY = "; a smaller --max-tokens or --batch-size, or --cpu, takes less memory"
 SHOWN_EVERY = 10.0  # seconds between two lines of progress where the output is no terminal
 
 
-def parser(command: str, description: str, max_tokens: int | None = 4000) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Takes a command's words; what is wrong with them is one line, as every error of the commands.
+
+    Args:
+        command: its name.
+        description: what it does.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"fairseq-sam {command}", description=" ".join(description.split()), allow_abbrev=False)
+        self.set_defaults(command=command)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the words.
+
+        Raises:
+            ValueError: with the message.
+        """
+        raise ValueError(f"{message.removeprefix('argument ')} (all flags: {self.prog} --help)")
+
+
+def parser(command: str, description: str, max_tokens: int | None = 4000) -> Parser:
     """Return a parser with what every command on checkpoints takes.
 
     Args:
@@ -23,26 +54,95 @@ def parser(command: str, description: str, max_tokens: int | None = 4000) -> arg
         description: what it does.
         max_tokens: default size of a batch; None for that of the training.
     """
-    size = "as in training" if max_tokens is None else max_tokens
-    made = argparse.ArgumentParser(prog=f"fairseq-sam {command}", description=description, allow_abbrev=False)
+    size, limit = ("as in training",) * 2 if max_tokens is None else (str(max_tokens), "no limit")
+    made = Parser(command, description)
     made.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints of fairseq, to be compared in one plot")
-    made.add_argument("--names", nargs="+", help="names of the models in tables and plots; default their folders'")
+    made.add_argument(
+        "--names", nargs="+", help="names of the models in tables and plots; default what their paths differ in"
+    )
     made.add_argument("--data", help="folder of the data (data-bin); default the one that each checkpoint names")
     made.add_argument("--subset", default="valid", help="split of the data; default valid")
     made.add_argument(
-        "--max-tokens", type=int, default=max_tokens, help=f"size of a batch, padding included; default {size}"
+        "--max-tokens", type=integer(1), default=max_tokens, help=f"size of a batch, padding included; default {size}"
     )
-    limit = "as in training" if max_tokens is None else "no limit"
-    made.add_argument("--batch-size", type=int, help=f"sentences in a batch; default {limit}")
-    made.add_argument("--num-batches", type=int, help="batches, chosen at random; default all of the split")
-    made.add_argument("--seed", type=int, default=1, help="of what is random; default 1")
+    made.add_argument("--batch-size", type=integer(1), help=f"sentences in a batch; default {limit}")
+    made.add_argument("--num-batches", type=integer(1), help="batches, chosen at random; default all of the split")
+    made.add_argument("--seed", type=integer(0, MOST_SEED), default=1, help="of what is random; default 1")
     made.add_argument("--out", type=Path, required=True, help="folder for the tables (.tsv) and the plots (.png)")
     made.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     return made
 
 
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return what reads an integer of a range from the command line.
+
+    Args:
+        least: the smallest.
+        most: the largest; default none.
+    """
+    allowed = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
+
+    def read(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if least <= int(text) and (most is None or int(text) <= most):
+                return int(text)
+        raise argparse.ArgumentTypeError(f"must be {allowed}, got {text}")
+
+    return read
+
+
+def number(text: str) -> float:
+    """Read a finite number from the command line.
+
+    Raises:
+        ArgumentTypeError: if it is none.
+    """
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+
+
+def positive(text: str) -> float:
+    """Read a finite number > 0 from the command line.
+
+    Raises:
+        ArgumentTypeError: if it is none.
+    """
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        if number(text) > 0:
+            return number(text)
+    raise argparse.ArgumentTypeError(f"must be a finite number > 0, got {text}")
+
+
+def norm(text: str) -> str:
+    """Read a norm from the command line.
+
+    Raises:
+        ArgumentTypeError: if it is none.
+    """
+    try:
+        parse_norm(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be l2, linf or a number > 1, got {text}") from None
+    return text
+
+
+def pattern(text: str) -> str:
+    """Read a regular expression from the command line.
+
+    Raises:
+        ArgumentTypeError: if it is none.
+    """
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
+    return text
+
+
 def model_names(checkpoints: Sequence[Path], names: Sequence[str] | None) -> list[str]:
-    """Return the models' names: the given ones, or the shortest ends of their paths that differ.
+    """Return the models' names: the given ones, or the fewest parts of their paths that tell them apart.
 
     Raises:
         ValueError: if there are not as many names as checkpoints, or two are the same.
@@ -53,41 +153,121 @@ def model_names(checkpoints: Sequence[Path], names: Sequence[str] | None) -> lis
                 f"--names must be {len(checkpoints)} different names, one for each checkpoint, got {names}"
             )
         return list(names)
-    whole = [path.resolve().with_suffix("").parts for path in checkpoints]
+    whole = [path.resolve() for path in checkpoints]
     if len(set(whole)) < len(whole):
         raise ValueError("two checkpoints are the same file; name each once")
-    for length in range(2, max(map(len, whole)) + 1):
-        ends = ["/".join(parts[-length:-1] or parts[-1:]) for parts in whole]
-        if len(set(ends)) == len(ends):
-            return ends
-    return ["/".join(parts[1:]) for parts in whole]
+    if len(whole) == 1:
+        return [whole[0].parent.name or whole[0].stem]
+    stems = [path.with_suffix("") for path in whole]
+    return _distinguishing_parts(stems if len(set(stems)) == len(stems) else whole)
 
 
-def trained_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[str, Any, list[Any]]]:
+def _distinguishing_parts(paths: Sequence[Path]) -> list[str]:
+    """The fewest parts, counted from the end, that tell paths apart: folders rather than files, near ones first."""
+    most = max(len(path.parts) for path in paths)
+    columns = [
+        tuple(path.parts[-place] if place <= len(path.parts) else "" for path in paths) for place in range(1, most + 1)
+    ]
+    differing = [place for place in [*range(1, most), 0] if len(set(columns[place])) > 1]
+    for number in range(1, len(differing) + 1):
+        for places in itertools.combinations(differing, number):
+            rows = zip(*(columns[place] for place in sorted(places, reverse=True)), strict=True)
+            names = ["/".join(filter(None, row)) for row in rows]
+            if len(set(names)) == len(names) and all(names):
+                return names
+    return list(map(str, paths))
+
+
+def trained_models(
+    args: argparse.Namespace, chosen: Callable[[argparse.Namespace, Any], list[Any]] | None = None, **options: Any
+) -> Iterator[tuple[str, Any, list[Any]]]:
     """Load the models of a command one after the other; random numbers are for each those of ``--seed``.
+
+    When the next one is asked for, the settings of those before are written beside their tables.
 
     Args:
         args: of ``parser``.
+        chosen: the batches of a model; default ``batches_of``.
         options: of ``Trained``.
 
     Yields:
         Name, ``Trained`` and batches.
     """
-    for name, trained in loaded_models(args, **options):
-        yield name, trained, batches_of(args, trained)
-
-
-def loaded_models(args: argparse.Namespace, **options: Any) -> Iterator[tuple[str, Any]]:
-    """Load the models as ``trained_models``, without batches.
-
-    Yields:
-        Name and ``Trained``.
-    """
+    names = model_names(args.checkpoints, args.names)
+    check_files(args.checkpoints)
+    make_folder(args.out)
     from fairseq_sam.adapter.trained import Trained
 
-    for name, path in zip(model_names(args.checkpoints, args.names), args.checkpoints, strict=True):
+    measured: list[dict[str, Any]] = []
+    for name, path in zip(names, args.checkpoints, strict=True):
         torch.manual_seed(args.seed)
-        yield name, Trained(path, args.data, cpu=args.cpu, **options)
+        trained = Trained(path, args.data, cpu=args.cpu, **options)
+        batches = (chosen or batches_of)(args, trained)
+        check_loss(name, trained, batches)
+        yield name, trained, batches
+        measured.append({
+            "name": name, "checkpoint": path.resolve(), "weights": digest_of_files(path), "data": trained.data,
+            "batches": len(batches), "batches digest": digest_of_data(batches),
+        })  # fmt: skip
+        write_settings(args, measured)
+
+
+def check_loss(name: str, trained: Any, batches: list[Any]) -> None:
+    """Refuse a model that cannot be analysed.
+
+    Args:
+        name: of the model.
+        trained: ``Trained``.
+        batches: what it is measured on.
+
+    Raises:
+        ValueError: if its loss is no finite number.
+    """
+    loss = trained.objective(batches).loss()
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss of {name}, {trained.path}, must be a finite number, got {loss:g}; take a checkpoint of before "
+            "its training diverged"
+        )
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """Let errors in what is measured say of which model.
+
+    Raises:
+        ValueError: with the model's name.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def check_files(checkpoints: Sequence[Path]) -> None:
+    """Refuse checkpoints that are not there.
+
+    Raises:
+        ValueError: if one is no file.
+    """
+    for path in checkpoints:
+        if not path.is_file():
+            raise ValueError(
+                f"expected a checkpoint, got {path}, which is {'a folder' if path.is_dir() else 'no file'}"
+            )
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of ``--out``, so that a measurement is not lost for want of it.
+
+    Raises:
+        ValueError: if no file can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"--out must be a folder that can be written to, got {path}: {error.strerror}") from None
 
 
 def batches_of(args: argparse.Namespace, trained: Any, **changed: Any) -> list[Any]:
@@ -134,14 +314,19 @@ class Progress:
         self._stream.flush()
 
 
+def quiet() -> None:
+    """Keep libraries from writing between a command's lines."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+
+
 def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Run a command; what the user can mend is printed in one line.
 
     Returns:
         The exit status: 0, 2 after an error, 130 after Ctrl-C.
     """
-    warnings.simplefilter("ignore")
-    logging.disable(logging.INFO)
+    quiet()
     try:
         command(arguments)
     except KeyboardInterrupt:
@@ -150,16 +335,21 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> i
     except Exception as error:
         if not _is_user_s(error):
             raise
-        print(f"fairseq-sam: error: {error}", file=sys.stderr)
+        print(f"fairseq-sam: error: {error}{OUT_OF_MEMORY if _is_out_of_memory(error) else ''}", file=sys.stderr)
         return 2
     return 0
 
 
 def _is_user_s(error: Exception) -> bool:
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError) or _is_out_of_memory(error):
         return True
     errors = sys.modules.get("fairseq_sam.adapter.errors")
     return errors is not None and isinstance(error, errors.UserError)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def written(*paths: Path) -> None:

@@ -24,38 +24,43 @@ def main(arguments: Sequence[str]) -> None:
     parser = common.parser("epsilon", " ".join((__doc__ or "").split()), max_tokens=None)
     parser.set_defaults(subset="train", num_batches=NUM_BATCHES)
     parser.add_argument("--method", choices=list(SUMMARIES), default="sam", help="the preset; default sam")
-    parser.add_argument("--norm", help="l2, linf or a number > 1; default the preset's")
+    parser.add_argument("--norm", type=common.norm, help="l2, linf or a number > 1; default the preset's")
     parser.add_argument("--scale", help="scale operator T; default the preset's")
     parser.add_argument("--granularity", help="of T; default the preset's")
-    parser.add_argument("--steps", type=int, help="ascent steps K; default the preset's")
+    parser.add_argument("--steps", type=common.integer(1), help="ascent steps K; default the preset's")
     parser.add_argument("--gradient", help="unit of the gradient that T sees, mean or sum; default the preset's")
     parser.add_argument("--scope", help="what shares a perturbation, microbatch or update; default the preset's")
     parser.add_argument(
-        "--update-freq", type=int,
+        "--update-freq", type=common.integer(1),
         help="batches of an update, all workers', which with --scope update share a perturbation; default as in "
         "training. --num-batches counts such updates then",
     )  # fmt: skip
-    parser.add_argument("--fraction", type=float, default=FRACTION, help="wanted rise / loss; default %(default)s")
-    parser.add_argument("--least", type=float, default=LEAST, help="smallest ε; default %(default)g")
-    parser.add_argument("--most", type=float, default=MOST, help="largest ε; default %(default)g")
-    parser.add_argument("--per-decade", type=int, default=PER_DECADE, help="ε in a decade of the grid")
+    parser.add_argument(
+        "--fraction", type=common.positive, default=FRACTION, help="wanted rise / loss; default %(default)s"
+    )
+    parser.add_argument("--least", type=common.positive, default=LEAST, help="smallest ε; default %(default)g")
+    parser.add_argument("--most", type=common.positive, default=MOST, help="largest ε; default %(default)g")
+    parser.add_argument("--per-decade", type=common.integer(1), default=PER_DECADE, help="ε in a decade of the grid")
     parser.add_argument("--fresh", action="store_true", help="of models with new weights (--seed), as before training")
     args = parser.parse_args(arguments)
-    if args.update_freq is not None and args.update_freq < 1:
-        raise ValueError(f"--update-freq must be an integer >= 1, got {args.update_freq}")
     method = Method.from_preset(args.method, **{axis: getattr(args, axis) for axis in AXES})
     rows: list[dict[str, Any]] = []
     suggestions: dict[str, Suggestion] = {}
-    for name, trained in common.loaded_models(args):
-        per_update = (args.update_freq or trained.micro_batches) if method.scope == "update" else 1
-        number = None if args.num_batches is None else args.num_batches * per_update
-        batches = common.batches_of(args, trained, number=number)
+
+    def per_update(trained: Any) -> int:
+        return int(args.update_freq or trained.micro_batches) if method.scope == "update" else 1
+
+    def batches_of(args: argparse.Namespace, trained: Any) -> list[Any]:
+        return common.batches_of(args, trained, number=args.num_batches * per_update(trained))
+
+    for name, trained, batches in common.trained_models(args, batches_of):
         if args.fresh:
             trained.forget(args.seed)
-        suggestions[name] = suggest_epsilon(
-            trained.probe(batches, method, per_update), fraction=args.fraction, least=args.least, most=args.most,
-            per_decade=args.per_decade, progress=common.Progress(f"ε of {args.method} on {name}"),
-        )  # fmt: skip
+        with common.about(name):
+            suggestions[name] = suggest_epsilon(
+                trained.probe(batches, method, per_update(trained)), fraction=args.fraction, least=args.least,
+                most=args.most, per_decade=args.per_decade, progress=common.Progress(f"ε of {args.method} on {name}"),
+            )  # fmt: skip
         rows += [
             {
                 "model": name, "method": args.method, "epsilon": rise.epsilon, "loss": rise.loss,

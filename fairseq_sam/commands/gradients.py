@@ -3,33 +3,38 @@
 From the logs that ``fairseq-train … --sam-gradient-log N`` writes beside its checkpoints.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator
-
 from fairseq_sam.analysis.gradients import norms_by_epoch, norms_by_layer, read_gradients
-from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.plots import draw_curves, figure, save, set_whole_numbers
 from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands import common
+from fairseq_sam.commands.settings import digest_of_files, write_settings
 
 FILE = "gradients.jsonl"
 
 
 def main(arguments: Sequence[str]) -> None:
     """Read each run's log; write ``gradients.tsv`` and ``gradients.png``."""
-    parser = argparse.ArgumentParser(
-        prog="fairseq-sam gradients", description=" ".join((__doc__ or "").split()), allow_abbrev=False
-    )
+    parser = common.Parser("gradients", __doc__ or "")
     parser.add_argument("runs", nargs="+", type=Path, help=f"folders of runs, with {FILE} in them, or such files")
-    parser.add_argument("--names", nargs="+", help="names of the runs in tables and plots; default their folders'")
+    parser.add_argument(
+        "--names", nargs="+", help="names of the runs in tables and plots; default what their paths differ in"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the table and the plot")
     args = parser.parse_args(arguments)
     logs = [run / FILE if run.is_dir() else run for run in args.runs]
+    for run, log in zip(args.runs, logs, strict=True):
+        if not log.is_file():
+            raise ValueError(
+                f"expected a run's folder with {FILE}, or such a file, got {run}; --sam-gradient-log writes it"
+            )
+    names = common.model_names(logs, args.names)
+    common.make_folder(args.out)
     rows: list[dict[str, Any]] = []
-    for name, log in zip(common.model_names(logs, args.names), logs, strict=True):
+    for name, log in zip(names, logs, strict=True):
         gradients = read_gradients(log)
         for by, found in (("epoch", norms_by_epoch(gradients)), ("layer", norms_by_layer(gradients))):
             rows += [
@@ -38,6 +43,11 @@ def main(arguments: Sequence[str]) -> None:
                 for number, norm in norms.items()
             ]
     write_rows(args.out / "gradients.tsv", rows)
+    logged = [
+        {"name": name, "log": log.resolve(), "digest": digest_of_files(log)}
+        for name, log in zip(names, logs, strict=True)
+    ]
+    write_settings(args, logged)
     plot(rows, args.out / "gradients.png")
     common.written(args.out / "gradients.tsv", args.out / "gradients.png")
 
@@ -62,5 +72,5 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             ys.append(row["norm"])
         x = {"epoch": "epoch", "layer": "layer, from the bottom"}[kind]
         draw_curves(axes[place], curves, x=x, y="mean norm of the gradient", title=f"by {kind}")
-        axes[place].xaxis.set_major_locator(MaxNLocator(integer=True))
+        set_whole_numbers(axes[place])
     save(made, path)

@@ -4,28 +4,41 @@ The line goes from the weights before training (``--before``) to those after, an
 plane's two directions are filter-normalised (Li et al. 2018; FSAM Fig. 4). A stopped command goes on where it was.
 """
 
-import hashlib
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fairseq_sam.analysis.landscape import difference, filter_normalised, landscape, steps
-from fairseq_sam.analysis.plots import draw_curves, figure, save
-from fairseq_sam.analysis.tables import read_rows, write_rows
+from fairseq_sam.analysis.objective import Objective
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save
+from fairseq_sam.analysis.tables import now_and_then, read_rows, write_rows
 from fairseq_sam.commands import common
+from fairseq_sam.commands.settings import digest_of_data, digest_of_files
+
+MOST_NAMES = 4  # of parameters in a message
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint; write ``line.tsv`` or ``surface.tsv``, and the plot beside it."""
-    parser = common.parser("landscape", " ".join((__doc__ or "").split()))
+    parser = common.parser("landscape", __doc__ or "")
     parser.add_argument("--before", type=Path, help="checkpoint of the weights before training: a line, not a plane")
-    parser.add_argument("--points", type=int, help="along each axis; default 25, on a line 41")
-    parser.add_argument("--range", nargs=2, type=float, default=(-1.0, 1.0), metavar=("FROM", "TO"), dest="ends")
-    parser.add_argument("--exclude", default="", help="regular expression: parameters that are held constant")
+    parser.add_argument("--points", type=common.integer(2), help="along each axis; default 25, on a line 41")
+    parser.add_argument(
+        "--range", nargs=2, type=common.number, default=(-1.0, 1.0), metavar=("FROM", "TO"), dest="ends"
+    )
+    parser.add_argument(
+        "--exclude", type=common.pattern, default="", help="regular expression: parameters that are held constant"
+    )
     args = parser.parse_args(arguments)
+    if not args.ends[0] < args.ends[1]:
+        parser.error(f"--range must be two numbers FROM < TO, got {args.ends[0]:g} {args.ends[1]:g}")
+    common.check_files([args.before] if args.before else [])
     kind = "line" if args.before else "surface"
     number = {"line": 41, "surface": 25}[kind] if args.points is None else args.points
     axis = steps(args.ends[0], args.ends[1], number)
@@ -35,51 +48,54 @@ def main(arguments: Sequence[str]) -> None:
         "subset": args.subset, "seed": str(args.seed), "batches": str(args.num_batches or "all"),
         "exclude": args.exclude,
     }  # fmt: skip
-    wanted = {tuple(map(shown, place)) for place in places}
     earlier, rows = read_rows(table), []
+
+    def write() -> None:
+        begun = {row["model"] for row in rows}
+        write_rows(table, [*rows, *(row for row in earlier if row["model"] not in begun)])
+
+    wanted = {tuple(map(shown, place)) for place in places}
     for name, trained, batches in common.trained_models(args):
         objective = trained.objective(batches, args.exclude)
-        if args.before:
-            directions = [difference(objective, weights_of(args.before))]
-        else:
-            directions = [filter_normalised(objective, args.seed), filter_normalised(objective, args.seed + 10**6)]
-        settings = {"model": name, **shared, "weights": digest(trained.path, *([args.before] if args.before else []))}
+        with common.about(name):
+            directions = [line(name, trained, objective, args.before)] if args.before else plane(objective, args.seed)
+        settings = {
+            "model": name, **shared, "data": digest_of_data(batches),
+            "weights": digest_of_files(trained.path, *([args.before] if args.before else [])),
+        }  # fmt: skip
         kept = [row for row in earlier if settings.items() <= row.items() and place_of(row) in wanted]
         rows += kept
         known = set(map(place_of, kept))
         left = [place for place in places if tuple(map(shown, place)) not in known]
         progress = common.Progress(f"landscape of {name}")
-        for done, point in enumerate(landscape(objective, directions, left), len(places) - len(left) + 1):
-            place = dict(zip(("x", "y"), map(shown, point.place), strict=False))
-            rows.append({**settings, **place, "loss": point.loss})
-            progress(done, len(places))
-            if done % number == 0 or done == len(places):
-                others = [row for row in earlier if row["model"] not in {each["model"] for each in rows}]
-                write_rows(table, [*rows, *others])
+        with now_and_then(write) as added:
+            for done, point in enumerate(landscape(objective, directions, left), len(known) + 1):
+                place = dict(zip(("x", "y"), map(shown, point.place), strict=False))
+                rows.append({**settings, **place, "loss": point.loss})
+                added()
+                progress(done, len(places))
     write_rows(table, rows)
     image = table.with_suffix(".png")
     (plot_line if kind == "line" else plot_surface)(rows, image)
     common.written(table, image)
 
 
-def weights_of(path: Path) -> Mapping[str, Tensor]:
-    """Return the weights of a checkpoint by their names."""
-    from fairseq import checkpoint_utils
+def line(name: str, trained: Any, objective: Objective, before: Path) -> list[Tensor]:
+    """Return the direction from the weights before training, and say which ones are held constant."""
+    weights = trained.weights_of(before)
+    missing = [parameter for parameter in objective.space.names if parameter not in weights]
+    direction = difference(objective, weights)
+    if missing:
+        most = ", ".join(missing[:MOST_NAMES]) + (
+            f" and {len(missing) - MOST_NAMES} more" * (len(missing) > MOST_NAMES)
+        )
+        print(f"{name}: held constant on the line, since {before} lacks them: {most}", file=sys.stderr)
+    return direction
 
-    import fairseq_sam.adapter  # noqa: F401  allows the checkpoints' classes
 
-    weights: Mapping[str, Tensor] = checkpoint_utils.load_checkpoint_to_cpu(str(path))["model"]
-    return weights
-
-
-def digest(*paths: Path) -> str:
-    """Return a name for what files hold: eight hexadecimal digits."""
-    found = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()[:8]
+def plane(objective: Objective, seed: int) -> list[list[Tensor]]:
+    """Return two random directions."""
+    return [filter_normalised(objective, seed), filter_normalised(objective, seed + 10**6)]
 
 
 def shown(number: float) -> str:
@@ -100,25 +116,36 @@ def plot_line(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         curves[name] = [x for x, _ in own], [loss for _, loss in own]
     made, (axes,) = figure()
     x = "place α: −1 before training, 0 after it"
-    draw_curves(axes, curves, x=x, y="loss (bits)", title="between the weights before and after training")
+    draw_curves(axes, curves, x=x, y=f"loss ({BITS})", title="between the weights before and after training")
     save(made, path)
 
 
 def plot_surface(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the surface of each model as contours, with the same levels for all."""
+    """Draw the surface of each model as filled contours, with the same levels and one colour bar for all."""
     names = list(dict.fromkeys(row["model"] for row in rows))
-    losses = torch.tensor([float(row["loss"]) for row in rows])
-    levels = torch.linspace(float(losses.min()), float(losses.quantile(0.9)), 15).tolist()
+    levels = levels_of([float(row["loss"]) for row in rows])
     made, axes = figure(len(names), 3)
     for place, name in enumerate(names):
         found = {(float(row["x"]), float(row["y"])): float(row["loss"]) for row in rows if row["model"] == name}
         xs, ys = (sorted({point[axis] for point in found}) for axis in (0, 1))
-        grid = [[found.get((x, y), float("nan")) for x in xs] for y in ys]
-        contours = axes[place].contour(xs, ys, grid, levels=levels, cmap="viridis")
-        axes[place].clabel(contours, fontsize=7)
-        axes[place].plot([0.0], [0.0], "k+")
-        axes[place].set_title(name)
-        axes[place].set_xlabel("first direction (filter norms)")
-        axes[place].set_ylabel("second direction (filter norms)")
-    made.suptitle("Loss (bits) around the weights, filter-normalised directions")
+        grid = [[found.get((x, y), math.nan) for x in xs] for y in ys]
+        colours = axes[place].contourf(xs, ys, grid, levels=levels, cmap="viridis_r", extend="max")
+        axes[place].contour(xs, ys, grid, levels=levels, colors="black", linewidths=0.4)
+        axes[place].plot([0.0], [0.0], "wo", markersize=7, markeredgecolor="black")
+        axes[place].plot([0.0], [0.0], "k+", markersize=5)
+        axes[place].set_title(name, parse_math=False)
+        axes[place].set_xlabel("first direction (1: the filters' norms)")
+        axes[place].set_ylabel("second direction (1: the filters' norms)")
+        axes[place].set_aspect("equal")
+    made.colorbar(colours, ax=axes, label=f"loss ({BITS})", ticks=levels)
+    made.suptitle("Around the weights (⊕), in filter-normalised directions")
     save(made, path)
+
+
+def levels_of(losses: Sequence[float]) -> list[float]:
+    """Return round levels from the smallest loss on; the largest tenth of the losses is above the last."""
+    finite = torch.tensor([loss for loss in losses if math.isfinite(loss)] or [0.0], dtype=torch.float64)
+    least, most = float(finite.min()), float(finite.quantile(0.9))
+    most = max(most, least + 1e-6 * max(abs(least), 1.0))
+    levels: list[float] = MaxNLocator(12, steps=[1, 2, 2.5, 5, 10]).tick_values(least, most).tolist()
+    return levels

@@ -6,37 +6,56 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_sam.analysis.corruption import STEPS
-from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save
 from fairseq_sam.analysis.robustness import RADII, Corrupted, robustness
 from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands import common
 
 # Scores that are drawn, with the labels of their axes.
-SCORES = {"bleu": "BLEU", "accuracy": "accuracy (%)", "loss": "loss (bits)"}
+SCORES = {
+    "bleu": "BLEU", "accuracy": "accuracy (%)", "f1": "F1 (%)", "mcc": "Matthews correlation (%)",
+    "pearson": "Pearson correlation (%)", "spearman": "Spearman correlation (%)", "loss": f"loss ({BITS})",
+}  # fmt: skip
+
+# How fairseq can join subwords.
+JOINED_BY = ("@@ ", "@@", "subword_nmt", "sentencepiece", "wordpiece", "letter", "silence", "_EOW", "none")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint at each radius; write ``robustness.tsv`` and ``robustness.png``."""
     parser = common.parser("robustness", __doc__ or "")
     parser.add_argument(
-        "--l2", nargs="*", type=float, default=RADII["l2"], help="radii of L2 balls; default %(default)s"
+        "--l2", nargs="*", type=common.positive, default=RADII["l2"], help="radii of L2 balls; default %(default)s"
     )
     parser.add_argument(
-        "--linf", nargs="*", type=float, default=RADII["linf"], help="radii of L-infinity balls; default %(default)s"
+        "--linf",
+        nargs="*",
+        type=common.positive,
+        default=RADII["linf"],
+        help="radii of L-infinity balls; default %(default)s",
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help="ascent steps of a corruption; default %(default)s")
+    parser.add_argument(
+        "--steps", type=common.integer(1), default=STEPS, help="ascent steps of a corruption; default %(default)s"
+    )
     parser.add_argument("--attack-subset", help="split whose loss the corruption makes large; default that of --subset")
-    parser.add_argument("--attack-batches", type=int, help="batches of it, chosen at random; default all")
-    parser.add_argument("--bleu", type=int, metavar="BEAM", default=0, help="translate with this beam; BLEU is scored")
-    parser.add_argument("--remove-bpe", default="@@ ", help="how subwords are joined for BLEU; default '%(default)s'")
+    parser.add_argument("--attack-batches", type=common.integer(1), help="batches of it, chosen at random; default all")
+    parser.add_argument(
+        "--bleu", type=common.integer(0), metavar="BEAM", default=0, help="translate with this beam, and score BLEU"
+    )
+    parser.add_argument(
+        "--remove-bpe", choices=JOINED_BY, default="@@ ", help="how subwords are joined for BLEU; default '@@ '"
+    )
     args = parser.parse_args(arguments)
+    if not (args.l2 or args.linf):
+        parser.error("--l2 and --linf must name a radius, got none")
     rows: list[dict[str, Any]] = []
     for name, trained, batches in common.trained_models(args, bleu=args.bleu, remove_bpe=args.remove_bpe):
         attack = batches
         if args.attack_subset or args.attack_batches:
             attack = common.batches_of(
-                args, trained, subset=args.attack_subset or args.subset, number=args.attack_batches
-            )
+                args, trained, subset=args.attack_subset or args.subset, number=args.attack_batches,
+                flag="--attack-subset",
+            )  # fmt: skip
         found = robustness(
             trained.objective(attack),
             radii={norm: radii for norm, radii in (("l2", args.l2), ("linf", args.linf)) if radii},
@@ -57,7 +76,7 @@ def row_of(name: str, corrupted: Corrupted) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw each score against the radius, a row of panels for each norm, a curve for each model.
+    """Draw each score against the radius, a row of panels for each norm, a curve for each model that has the score.
 
     Args:
         rows: of the table.
@@ -69,7 +88,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for place, (norm, score) in enumerate((norm, score) for norm in norms for score in shown):
         curves = {}
         for name in dict.fromkeys(row["model"] for row in rows):
-            own = [row for row in rows if row["model"] == name and row["norm"] in ("", norm)]
+            own = [row for row in rows if row["model"] == name and row["norm"] in ("", norm) and score in row]
             curves[name] = [row["radius"] for row in own], [row[score] for row in own]
         label = {"l2": "L2", "linf": "L∞"}.get(norm, norm)
         draw_curves(axes[place], curves, x=f"radius of the corruption, {label}", y=SCORES[score])

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fairseq_sam.analysis.corruption import STEPS
-from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.corruption import STEPS, moves_all_weights
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_log_scale
 from fairseq_sam.analysis.sharpness import (
     DIRECTIONS,
     adversarial_risk,
@@ -21,43 +21,63 @@ from fairseq_sam.commands import common
 from fairseq_sam.core.method import PRESETS
 
 RADII = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-KINDS = ("worst", "ascent", "average", "instance")
+TITLES = {
+    "worst": "worst direction", "ascent": "along the gradient", "average": "random directions, mean and standard error",
+    "instance": "each instance in its own worst direction",
+}  # fmt: skip
+KINDS = tuple(TITLES)
+METHODS = [name for name, method in PRESETS.items() if moves_all_weights(method)]
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint at each radius; write ``sharpness.tsv`` and ``sharpness.png``."""
-    parser = common.parser("sharpness", " ".join((__doc__ or "").split()))
-    parser.add_argument("--radii", nargs="+", type=float, default=RADII, help="distances; default %(default)s")
-    parser.add_argument("--norm", default="l2", help="of the distance: l2, linf or a number; average is always l2")
+    parser = common.parser("sharpness", __doc__ or "")
+    parser.add_argument(
+        "--radii", nargs="+", type=common.positive, default=RADII, help="distances; default %(default)s"
+    )
+    parser.add_argument(
+        "--norm", type=common.norm, default="l2", help="of the distance: l2, linf or a number; average is always l2"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS[:3], help="directions; default %(default)s")
-    parser.add_argument("--steps", type=int, default=STEPS, help="ascent steps to the worst; default %(default)s")
-    parser.add_argument("--directions", type=int, default=DIRECTIONS, help="random directions; default %(default)s")
-    parser.add_argument("--method", default="sam", choices=list(PRESETS), help="whose scale T stretches the ball")
-    parser.add_argument("--instances", type=int, default=200, help="single instances, at random; default %(default)s")
+    parser.add_argument(
+        "--steps", type=common.integer(1), help=f"ascent steps of worst, default {STEPS}, and of instance, default 1"
+    )
+    parser.add_argument(
+        "--directions", type=common.integer(1), default=DIRECTIONS, help="random directions; default %(default)s"
+    )
+    parser.add_argument(
+        "--method", choices=METHODS, help="whose scale T stretches the ball, but for average; default sam, T = 1"
+    )
+    parser.add_argument(
+        "--instances", type=common.integer(1), default=200, help="single instances, at random; default %(default)s"
+    )
     args = parser.parse_args(arguments)
+    for flag, kinds in (("steps", ("worst", "instance")), ("method", ("worst", "ascent", "instance"))):
+        if getattr(args, flag) is not None and not {*kinds} & {*args.kinds}:
+            parser.error(f"--{flag} is of the --kinds {', '.join(kinds)} only, got --kinds {' '.join(args.kinds)}")
     rows: list[dict[str, Any]] = []
     for name, trained, batches in common.trained_models(args):
-        model, loss_sum, method = trained.model, trained.loss_sum, PRESETS[args.method]
+        model, loss_sum, method = trained.model, trained.loss_sum, PRESETS[args.method or "sam"]
         single = []
         if "instance" in args.kinds:
             single = common.batches_of(args, trained, batch_size=1, number=args.instances)
         for radius in args.radii:
-            ball: dict[str, Any] = {"epsilon": radius, "norm": args.norm}
+            ball: dict[str, Any] = {"epsilon": radius, "norm": args.norm, "method": method}
             for kind in args.kinds:
                 progress = common.Progress(f"{kind} sharpness of {name} at {radius:g}")
                 if kind == "worst":
                     found = worst_sharpness(
-                        model, batches, loss_sum, **ball, steps=args.steps, method=method, progress=progress
+                        model, batches, loss_sum, **ball, steps=args.steps or STEPS, progress=progress
                     )
                 elif kind == "ascent":
-                    found = ascent_sharpness(model, batches, loss_sum, **ball, method=method)
+                    found = ascent_sharpness(model, batches, loss_sum, **ball)
                 elif kind == "average":
                     found = average_sharpness(
                         model, batches, loss_sum, epsilon=radius, directions=args.directions, seed=args.seed,
                         progress=progress,
                     )  # fmt: skip
                 else:
-                    found = adversarial_risk(model, single, loss_sum, **ball, progress=progress)
+                    found = adversarial_risk(model, single, loss_sum, **ball, steps=args.steps or 1, progress=progress)
                 rows.append({
                     "model": name, "direction": kind, "norm": "l2" if kind == "average" else args.norm,
                     "radius": radius, "loss": found.loss, "perturbed loss": found.perturbed_loss,
@@ -79,12 +99,17 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     made, axes = figure(len(kinds), 2 if len(kinds) > 3 else len(kinds))
     for place, kind in enumerate(kinds):
         own = [row for row in rows if row["direction"] == kind]
-        curves = {}
+        curves, errors = {}, {}
         for name in dict.fromkeys(row["model"] for row in own):
-            same = [row for row in own if row["model"] == name]
+            same = sorted((row for row in own if row["model"] == name), key=lambda row: float(row["radius"]))
             curves[name] = [row["radius"] for row in same], [row["sharpness"] for row in same]
+            errors[name] = [row["standard error"] for row in same]
         x = f"distance ({ {'l2': 'L2', 'linf': 'L∞'}.get(str(own[0]['norm']), own[0]['norm']) })"
-        draw_curves(axes[place], curves, x=x, y="rise of the loss (bits)", title=f"{kind} direction")
+        has_errors = any(error > 0 for each in errors.values() for error in each)
+        draw_curves(
+            axes[place], curves, x=x, y=f"rise of the loss\n({BITS})", title=TITLES[kind],
+            errors=errors if has_errors else None,
+        )  # fmt: skip
         axes[place].set_xscale("log")
-        axes[place].set_yscale("symlog", linthresh=1e-3)
+        set_log_scale(axes[place])
     save(made, path)

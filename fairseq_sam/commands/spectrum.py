@@ -3,15 +3,17 @@
 With them the Hessian's trace and the density of its eigenvalues.
 """
 
+import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_whole_numbers
 from fairseq_sam.analysis.spectrum import (
     TOP,
     Eigenvalues,
+    check_lanczos,
     fisher_eigenvalues,
     hessian_density,
     hessian_eigenvalues,
@@ -25,46 +27,74 @@ PARTS = ("hessian", "fisher", "trace", "density")
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint; write ``eigenvalues.tsv``, ``trace.tsv``, ``density.tsv`` and ``spectrum.png``."""
-    parser = common.parser("spectrum", " ".join((__doc__ or "").split()))
+    parser = common.parser("spectrum", __doc__ or "")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured; default all")
-    parser.add_argument("--top", type=int, default=TOP, help="how many eigenvalues; default %(default)s")
-    parser.add_argument("--steps", type=int, help="of Lanczos; default twice as many as eigenvalues, and 20")
+    parser.add_argument("--top", type=common.integer(1), default=TOP, help="how many eigenvalues; default %(default)s")
     parser.add_argument(
-        "--instances", type=int, default=256, help="of the Fisher information, at random; default %(default)s"
+        "--steps",
+        type=common.integer(1),
+        help="of Lanczos, each keeps a vector of the weights' size; default 2 --top + 20",
     )
-    parser.add_argument("--samples", type=int, default=30, help="products for the trace; default %(default)s")
-    parser.add_argument("--density-steps", type=int, default=80, help="of Lanczos for the density; default %(default)s")
-    parser.add_argument("--exclude", default="", help="regular expression: parameters that are held constant")
+    parser.add_argument(
+        "--instances",
+        type=common.integer(1),
+        default=256,
+        help="of the Fisher information, at random; default %(default)s",
+    )
+    parser.add_argument(
+        "--samples", type=common.integer(2), default=30, help="products for the trace; default %(default)s"
+    )
+    parser.add_argument(
+        "--density-steps", type=common.integer(1), default=80, help="of Lanczos for the density, as --steps; default 80"
+    )
+    parser.add_argument(
+        "--exclude", type=common.pattern, default="", help="regular expression: parameters that are held constant"
+    )
     args = parser.parse_args(arguments)
     tables: dict[str, list[dict[str, Any]]] = {"eigenvalues": [], "trace": [], "density": []}
     for name, trained, batches in common.trained_models(args):
-        objective = trained.objective(batches, args.exclude)
-        if "hessian" in args.parts:
-            progress = common.Progress(f"Hessian of {name}")
-            found = hessian_eigenvalues(objective, args.top, steps=args.steps, seed=args.seed, progress=progress)
-            tables["eigenvalues"] += eigenvalue_rows(name, "hessian", found)
-        if "fisher" in args.parts:
-            single = common.batches_of(args, trained, batch_size=1, number=args.instances)
-            found = fisher_eigenvalues(
-                trained.model, single, trained.loss_sum, min(args.top, len(single)), exclude=args.exclude,
-                progress=common.Progress(f"Fisher information of {name}"),
-            )  # fmt: skip
-            # Squares of gradients: those of a loss in bits are 1 / ln 2 times as large as a Hessian in bits.
-            in_bits = Eigenvalues(found.values * math.log(2), found.residuals)
-            tables["eigenvalues"] += eigenvalue_rows(name, "fisher", in_bits)
-        if "trace" in args.parts:
-            trace = hessian_trace(objective, args.samples, seed=args.seed, progress=common.Progress(f"trace of {name}"))
-            tables["trace"].append({"model": name, "trace": trace.value, "standard error": trace.error})
-        if "density" in args.parts:
-            progress = common.Progress(f"density of {name}")
-            density = hessian_density(objective, steps=args.density_steps, seed=args.seed, progress=progress)
-            pairs = zip(density.grid.tolist(), density.density.tolist(), strict=True)
-            tables["density"] += [{"model": name, "eigenvalue": place, "density": value} for place, value in pairs]
+        with common.about(name):
+            for table, found in measured(args, name, trained, batches):
+                tables[table] += found
         for table, rows in tables.items():
             if rows:
                 write_rows(args.out / f"{table}.tsv", rows)
     plot(tables, args.out / "spectrum.png")
     common.written(*(args.out / f"{table}.tsv" for table, rows in tables.items() if rows), args.out / "spectrum.png")
+
+
+def measured(
+    args: argparse.Namespace, name: str, trained: Any, batches: list[Any]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Measure a model.
+
+    Yields:
+        Tables and the model's rows of them.
+    """
+    objective = trained.objective(batches, args.exclude)
+    if "density" in args.parts:
+        check_lanczos(objective, args.density_steps)  # not after hours of the other parts
+    if "hessian" in args.parts:
+        progress = common.Progress(f"Hessian of {name}")
+        found = hessian_eigenvalues(objective, args.top, steps=args.steps, seed=args.seed, progress=progress)
+        yield "eigenvalues", eigenvalue_rows(name, "hessian", found)
+    if "fisher" in args.parts:
+        single = common.batches_of(args, trained, batch_size=1, number=args.instances)
+        found = fisher_eigenvalues(
+            trained.model, single, trained.loss_sum, min(args.top, len(single)), exclude=args.exclude,
+            progress=common.Progress(f"Fisher information of {name}"),
+        )  # fmt: skip
+        # Squares of gradients: those of a loss in bits are 1 / ln 2 times as large as a Hessian in bits.
+        in_bits = Eigenvalues(found.values * math.log(2), found.residuals)
+        yield "eigenvalues", eigenvalue_rows(name, "fisher", in_bits)
+    if "trace" in args.parts:
+        trace = hessian_trace(objective, args.samples, seed=args.seed, progress=common.Progress(f"trace of {name}"))
+        yield "trace", [{"model": name, "trace": trace.value, "standard error": trace.error}]
+    if "density" in args.parts:
+        progress = common.Progress(f"density of {name}")
+        density = hessian_density(objective, steps=args.density_steps, seed=args.seed, progress=progress)
+        pairs = zip(density.grid.tolist(), density.density.tolist(), strict=True)
+        yield "density", [{"model": name, "eigenvalue": place, "density": value} for place, value in pairs]
 
 
 def eigenvalue_rows(name: str, matrix: str, found: Any) -> list[dict[str, Any]]:
@@ -77,30 +107,45 @@ def eigenvalue_rows(name: str, matrix: str, found: Any) -> list[dict[str, Any]]:
 
 
 def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw eigenvalues by rank and their density, a curve for each model.
+    """Draw eigenvalues by rank and their density, a curve for each model; traces are in the legend.
 
     Args:
         tables: ``eigenvalues``, ``trace`` and ``density``, each may be empty.
         path: the file.
     """
     matrices = list(dict.fromkeys(row["matrix"] for row in tables["eigenvalues"]))
+    traces = {row["model"]: f"{row['trace']:.3g} ± {row['standard error']:.2g}" for row in tables["trace"]}
     made, axes = figure(len(matrices) + bool(tables["density"]) or 1)
     for place, matrix in enumerate(matrices):
         own = [row for row in tables["eigenvalues"] if row["matrix"] == matrix]
+        curves = by_model(own, "rank", "eigenvalue")
+        if matrix == "hessian":
+            curves = with_traces(curves, traces)
         title = {"hessian": "Hessian", "fisher": "Fisher information"}[matrix]
-        draw_curves(axes[place], by_model(own, "rank", "eigenvalue"), x="rank", y="eigenvalue (bits)", title=title)
+        draw_curves(axes[place], curves, x="rank", y=f"eigenvalue\n(loss in {BITS})", title=title)
+        set_whole_numbers(axes[place])
     if tables["density"]:
         curves = by_model(tables["density"], "eigenvalue", "density")
-        options = {"x": "eigenvalue of the Hessian (bits)", "y": "density", "title": "density of all eigenvalues"}
-        draw_curves(axes[-1], curves, **options, marker="")
+        if "hessian" not in matrices:
+            curves = with_traces(curves, traces)
+        options = {"x": f"eigenvalue of the Hessian\n(loss in {BITS})", "y": "density (its integral is 1)"}
+        draw_curves(axes[-1], curves, **options, title="density of all eigenvalues", marker="")
         axes[-1].set_yscale("log")
         axes[-1].set_ylim(bottom=1e-8)
-    elif tables["trace"] and not matrices:
-        names = [row["model"] for row in tables["trace"]]
+    elif traces and not matrices:
         errors = [row["standard error"] for row in tables["trace"]]
-        axes[0].bar(names, [row["trace"] for row in tables["trace"]], yerr=errors, color="C0", hatch="//")
-        axes[0].set_ylabel("trace of the Hessian (bits)")
+        places = range(len(errors))
+        axes[0].bar(places, [row["trace"] for row in tables["trace"]], yerr=errors, color="C0", hatch="//", capsize=3)
+        axes[0].set_xticks(places, list(traces), parse_math=False)
+        axes[0].set_ylabel(f"trace of the Hessian\n(loss in {BITS})")
     save(made, path)
+
+
+def with_traces(
+    curves: dict[str, tuple[list[float], list[float]]], traces: dict[str, str]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the curves with the traces in their names."""
+    return {f"{name}, trace {traces[name]}" if name in traces else name: curve for name, curve in curves.items()}
 
 
 def by_model(rows: Sequence[dict[str, Any]], x: str, y: str) -> dict[str, tuple[list[float], list[float]]]:

@@ -1,21 +1,21 @@
 """The commands of ``fairseq-sam`` on checkpoints of fairseq-train: their tables against numbers worked out apart."""
 
 import csv
+import hashlib
+import json
 import math
-import re
+from pathlib import Path
 
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq.modules import FairseqDropout
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fairseq_sam  # noqa: F401
+import fairseq_sam
 from fairseq_sam.__main__ import COMMANDS, main
-from fairseq_sam.analysis.epsilon import Rise, Suggestion
-from fairseq_sam.commands import epsilon
-from fairseq_sam.core.method import Method
 from tests.adapter import runs
 
 pytestmark = pytest.mark.slow
@@ -40,23 +40,6 @@ def is_plot(path):
 
     pixels = imread(path)[..., :3]
     return min(pixels.shape[:2]) > 400 and len(set(map(tuple, pixels[::20, ::20].reshape(-1, 3)))) > 1
-
-
-@pytest.fixture(scope="module")
-def trained(translation_data, tmp_path_factory):
-    """Two runs, with logs of their gradients: Adam and GA-SAM."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, flags in (("adam", ["--sam-epsilon", "0"]), ("ga_sam", ["--sam-norm", "linf", "--sam-epsilon", "1e-3"])):
-        runs.train(
-            translation_data, folder / name, *runs.TRANSLATION, "--optimizer", "ga_sam", *flags, "--max-update", "9",
-            "--sam-gradient-log", "1", "--no-epoch-checkpoints",
-        )  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoints(trained):
-    return [str(trained / name / "checkpoint_last.pt") for name in ("adam", "ga_sam")]
 
 
 def model_and_valid(path):
@@ -145,6 +128,19 @@ def test_sharpness(checkpoints, tmp_path):
     expected = mean_loss(*model_and_valid(checkpoints[1]))
     assert float(found["ga_sam", "average", "0.1"]["loss"]) == pytest.approx(expected, rel=1e-5)
     assert is_plot(tmp_path / "sharpness.png")
+
+
+def test_steps_and_method_of_sharpness(checkpoints, tmp_path):
+    """More steps and another ball change the worst directions, those of instances too; random ones know neither."""
+
+    def measure(*words):
+        kinds = ["--kinds", "worst", "instance", "average", "--radii", "0.5", "--directions", "2", "--instances", "3"]
+        assert main(["sharpness", checkpoints[0], *kinds, *words, "--out", str(tmp_path)]) == 0
+        return {row["direction"]: float(row["sharpness"]) for row in rows_of(tmp_path / "sharpness.tsv")}
+
+    plain, more, scaled = measure("--steps", "1"), measure("--steps", "8"), measure("--steps", "1", "--method", "asam")
+    assert all(more[kind] > plain[kind] and scaled[kind] != plain[kind] for kind in ("worst", "instance"))
+    assert plain["average"] == more["average"] == scaled["average"]
 
 
 def test_spectrum(checkpoints, tmp_path):
@@ -244,99 +240,52 @@ def test_gradients(trained, tmp_path):
     assert is_plot(tmp_path / "gradients.png")
 
 
-@pytest.mark.parametrize(
-    ("method", "scope", "per_update"), [("ga_sam", "microbatch", 1), ("freelb", "microbatch", 1), ("sam", "update", 2)]
-)
-def test_epsilon(checkpoints, tmp_path, capsys, method, scope, per_update):
-    """Perturbations of micro-batches, or of updates of two; the advice is measured, and fairseq takes it."""
-    from fairseq_sam.adapter.trained import Trained
-
-    words = ["--method", method, "--norm", "linf", "--fraction", "0.2", "--num-batches", "2", "--max-tokens", "200"]
-    words += ["--scope", scope, "--update-freq", "2", "--out", str(tmp_path)]
-    assert main(["epsilon", checkpoints[1], *words]) == 0
-    advice = rf"ga_sam: --optimizer {method} --sam-epsilon (\S+) --sam-norm linf --sam-scope {scope} +\(.* by (\S+) of"
-    shown = re.search(advice, capsys.readouterr().out)
-    rows = rows_of(tmp_path / "epsilon.tsv")
-    assert column(rows, "epsilon") == sorted(column(rows, "epsilon"))
-    torch.manual_seed(1)
-    trained = Trained(checkpoints[1], cpu=True)
-    batches = trained.batches("train", max_tokens=200, number=2 * per_update)
-    assert len(batches) == 2 * per_update
-    method_then = Method.from_preset(method, norm="linf", scope=scope)
-    clean, moved = trained.probe(batches, method_then, micro_batches=per_update)(float(shown[1]))
-    assert (moved - clean) / clean == pytest.approx(float(shown[2]), rel=1e-2) == pytest.approx(0.2, rel=0.06)
-    assert is_plot(tmp_path / "epsilon.png")
-    with runs.quiet():
-        flags = shown[0].split("   ")[0].split()[1:]
-        runs.configuration(["data", *runs.common_flags(), *runs.TRANSLATION, *flags])
+def test_settings_are_beside_the_tables(checkpoints, trained, translation_data, tmp_path):
+    words = ["--num-batches", "2", "--max-tokens", "150", "--seed", "7", "--out", str(tmp_path)]
+    assert main(["sharpness", *checkpoints, "--radii", "0.1", "--kinds", "ascent", *words]) == 0
+    found = json.loads((tmp_path / "sharpness.json").read_text())
+    assert (found["command"], found["fairseq_sam"]) == ("sharpness", fairseq_sam.__version__)
+    expected = {"subset": "valid", "num_batches": 2, "max_tokens": 150, "seed": 7, "radii": [0.1], "norm": "l2"}
+    assert expected.items() <= found["flags"].items()
+    for path, model in zip(checkpoints, found["measured"], strict=True):
+        assert model["checkpoint"] == path and Path(model["data"]) == translation_data and model["batches"] == 2
+        assert model["weights"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+    assert len({model["batches digest"] for model in found["measured"]}) == 1
+    assert main(["sharpness", checkpoints[0], "--radii", "0.1", "--kinds", "ascent", *words, "--seed", "8"]) == 0
+    (other,) = json.loads((tmp_path / "sharpness.json").read_text())["measured"]
+    assert other["batches digest"] != found["measured"][0]["batches digest"]
+    assert main(["gradients", str(trained / "adam"), "--out", str(tmp_path)]) == 0
+    (log,) = json.loads((tmp_path / "gradients.json").read_text())["measured"]
+    assert log["log"] == str(trained / "adam" / "gradients.jsonl") and log["name"] == "adam"
 
 
-def test_batches_of_the_epsilon_are_those_of_training(checkpoints, monkeypatch, tmp_path):
-    """Sizes of micro-batches, and how many of them make an update, unless the command line says otherwise."""
-    from fairseq_sam.adapter.trained import Trained
-
-    seen = []
-    plain = Trained.batches
-
-    def batches(self, subset, **options):
-        seen.append((subset, options["max_tokens"], options["batch_size"], options["number"]))
-        return plain(self, subset, **options)
-
-    def only_one(probe, **options):
-        return Suggestion(Rise(0.1, *probe(0.1)), 0.1, (Rise(0.1, *probe(0.1)),))
-
-    monkeypatch.setattr(Trained, "batches", batches)
-    monkeypatch.setattr(epsilon, "suggest_epsilon", only_one)
-    out = ["--out", str(tmp_path)]
-    for words in ([], ["--scope", "update"], ["--scope", "update", "--update-freq", "3"], ["--max-tokens", "300"]):
-        assert main(["epsilon", checkpoints[0], *words, *out]) == 0
-    cfg = torch.load(checkpoints[0], weights_only=False)["cfg"]
-    dataset, freq = cfg["dataset"], cfg["optimization"]["update_freq"][-1]
-    sizes = (dataset["max_tokens"], dataset["batch_size"])
-    assert any(sizes) and seen == [
-        ("train", *sizes, 8), ("train", *sizes, 8 * freq), ("train", *sizes, 24), ("train", 300, None, 8),
-    ]  # fmt: skip
+def answers(path, output):
+    """What a classifier or regression says of its validation split, and the labels."""
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([path])
+    task.load_dataset("valid")
+    found, labels = [], []
+    for batch in task.get_batch_iterator(task.dataset("valid"), max_sentences=4).next_epoch_itr(shuffle=False):
+        inputs = {**batch["net_input"], "features_only": True}
+        logits, _ = model.eval()(**inputs, classification_head_name="sentence_classification_head")
+        found += output(logits).reshape(-1).tolist()
+        labels += batch["target"].reshape(-1).tolist()
+    return found, labels
 
 
-def test_an_update_shares_its_perturbation(checkpoints):
-    """Along the mean gradient of both batches, each weighted by its tokens, in place of its own."""
-    from fairseq_sam.adapter.trained import Trained
-
-    _, batches, pad = model_and_valid(checkpoints[0])
-    trained = Trained(checkpoints[0], cpu=True)
-    trained.cfg.criterion.label_smoothing = 0.0  # the loss of training is the formula's then
-    for module in trained.model.modules():  # a pass of training puts the model into its mode
-        if isinstance(module, FairseqDropout):
-            module.p = 0.0
-    parameters = [p for p in trained.model.parameters() if p.requires_grad]
-
-    def loss_of(parts):
-        pairs = losses(trained.model, parts, pad)
-        return sum(loss for loss, _ in pairs) / sum(number for _, number in pairs)
-
-    clean = loss_of(batches[:2])
-    gradients = torch.autograd.grad(clean, parameters)
-    norm = flat(gradients).norm()
-    clean_found, moved_found = trained.probe(batches[:2], Method.from_preset("sam", scope="update"), 2)(0.3)
-    with torch.no_grad():
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.add_(gradient, alpha=float(0.3 / norm))
-        moved = float(loss_of(batches[:2]))
-    assert (clean_found, moved_found) == pytest.approx((float(clean), moved), rel=1e-5)
-
-
-def test_epsilon_of_a_model_before_training(checkpoints, trained, translation_data, tmp_path):
-    """With the seed of the runs, both are the model that they began with."""
-    words = ["--fresh", "--seed", "3", "--num-batches", "1", "--max-tokens", "200", "--out", str(tmp_path)]
-    assert main(["epsilon", *checkpoints, *words]) == 0
-    rows = rows_of(tmp_path / "epsilon.tsv")
-    curves = [[row["perturbed loss"] for row in rows if row["model"] == model] for model in ("adam", "ga_sam")]
-    assert curves[0] == curves[1] and len(curves[0]) > 5
-    assert main(["epsilon", checkpoints[0], *words[1:]]) == 0
-    assert rows_of(tmp_path / "epsilon.tsv")[0]["loss"] != rows[0]["loss"]
-    flags = [*runs.TRANSLATION, "--finetune-from-model", checkpoints[0], "--optimizer", "adam", "--max-update", "1"]
-    runs.train(translation_data, tmp_path / "tuned", *flags)
-    assert main(["epsilon", str(tmp_path / "tuned" / "checkpoint_last.pt"), *words]) == 2
+def test_robustness_of_several_tasks(checkpoints, classifiers, tmp_path):
+    """Each model has the scores of its own task; lists of predictions are none."""
+    words = ["--l2", "0.1", "1", "--linf", "--steps", "1", "--out", str(tmp_path)]
+    assert main(["robustness", *classifiers, checkpoints[0], *words]) == 0
+    rows = {row["model"]: row for row in rows_of(tmp_path / "robustness.tsv") if row["radius"] == "0"}
+    found, labels = answers(classifiers[0], lambda logits: logits.argmax(1))
+    scores = {"accuracy": accuracy_score, "f1": f1_score, "mcc": matthews_corrcoef}
+    for name, score in scores.items():
+        assert float(rows["classes"][name]) == pytest.approx(100 * score(labels, found), abs=0.051), name
+    values, targets = answers(classifiers[1], lambda logits: logits)
+    for name, score in {"pearson": pearsonr, "spearman": spearmanr}.items():
+        assert float(rows["scores"][name]) == pytest.approx(100 * score(values, targets)[0], abs=0.051), name
+    assert not {"pred", "targ"} & rows["classes"].keys() and rows["adam"]["f1"] == rows["classes"]["ppl"] == ""
+    assert is_plot(tmp_path / "robustness.png")
 
 
 def test_other_tasks(language_model_data, classification_data, tmp_path):
@@ -375,15 +324,15 @@ def test_help(command, capsys):
         (["robustness", "{0}", "{0}"], "two checkpoints are the same file"),
         (["robustness", "{0}", "--subset", "nothing"], "--subset nothing"),
         (["robustness", "{0}", "--data", "nowhere"], "nowhere"),
-        (["robustness", "{0}", "--l2", "-1"], "epsilon must be a finite number > 0, got -1.0"),
-        (["robustness", "{0}", "--steps", "0"], "--sam-steps"),
-        (["spectrum", "{0}", "--top", "0"], "k must be an integer from 1 to"),
-        (["spectrum", "{0}", "--parts", "trace", "--samples", "1"], "samples must be an integer >= 2, got 1"),
+        (["robustness", "{0}", "--l2", "-1"], "--l2: must be a finite number > 0, got -1"),
+        (["robustness", "{0}", "--steps", "0"], "--steps: must be an integer >= 1, got 0"),
+        (["spectrum", "{0}", "--top", "1000000"], "k (--top) must be an integer from 1 to"),
+        (["spectrum", "{0}", "--parts", "trace", "--samples", "1"], "--samples: must be an integer >= 2, got 1"),
         (["spectrum", "{0}", "--exclude", "."], "exclude"),
-        (["sharpness", "{0}", "--radii", "0"], "epsilon must be a finite number > 0"),
-        (["landscape", "{0}", "--points", "0"], "integer >= 1"),
+        (["sharpness", "{0}", "--radii", "0"], "--radii: must be a finite number > 0, got 0"),
+        (["landscape", "{0}", "--points", "0"], "--points: must be an integer >= 2, got 0"),
         (["landscape", "{0}", "--before", "nowhere.pt"], "nowhere.pt"),
-        (["epsilon", "{0}", "--fraction", "0"], "fraction must be a finite number > 0, got 0.0"),
+        (["epsilon", "{0}", "--fraction", "0"], "--fraction: must be a finite number > 0, got 0 "),
         (["epsilon", "{0}", "--norm", "l0"], "norm"),
     ],
 )

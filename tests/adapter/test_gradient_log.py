@@ -11,6 +11,7 @@ pytest.importorskip("fairseq")
 from fairseq_sam.adapter.gradient_log import FILE, gradient_norms
 from fairseq_sam.analysis.gradients import norms_by_layer, read_gradients
 from tests.adapter import runs
+from tests.adapter.test_workers import SGD, UPDATES, run_pair
 from tests.core.models import batch as data_batch
 from tests.core.models import closure_of, mlp
 
@@ -79,6 +80,22 @@ def test_half_precision_has_the_same_unit(translation_data, tmp_path, monkeypatc
     assert found.norm == pytest.approx(expected.norm, rel=0.05)
     large = [name for name, norm in expected.norms.items() if norm > 0.1 * expected.norm]
     assert large and all(found.norms[name] == pytest.approx(expected.norms[name], rel=0.1) for name in large)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+def test_two_workers_log_the_gradient_of_the_whole_update(translation_data, tmp_path, backend):
+    """One of them writes, and the norms are those of one process with all micro-batches of the update."""
+    flags = ["--optimizer", "sam", "--sam-epsilon", "0", *SGD, "--sam-gradient-log", "1", "--save-dir"]
+    run_pair(translation_data, tmp_path / "pair", backend, {"case": [*flags, str(tmp_path / "two")]})
+    trainer, batches = runs.build_trainer(translation_data, *runs.TRANSLATION, *flags, str(tmp_path / "one"))
+    for numbers in UPDATES:
+        trainer.train_step([batches[number] for number in numbers])
+    expected, found = (read_gradients(tmp_path / name / FILE) for name in ("one", "two"))
+    assert [gradient.update for gradient in found] == [gradient.update for gradient in expected] == [1, 2, 3]
+    for one, two in zip(expected, found, strict=True):
+        assert two.norm == pytest.approx(one.norm, rel=1e-4)
+        assert two.norms == pytest.approx(dict(one.norms), rel=1e-3, abs=1e-4 * one.norm)
 
 
 def test_norms_of_scaled_gradients():

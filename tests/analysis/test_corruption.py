@@ -79,6 +79,8 @@ def test_risk_of_each_instance():
     found = adversarial_risk(model, cut((x,), *[1] * 6), linear, epsilon=0.1)
     assert found.loss == pytest.approx(float((x @ model.w.detach()).mean()), rel=1e-12)
     assert found.sharpness == pytest.approx(0.1 * float(x.norm(dim=1).mean()), rel=1e-12)
+    scaled = adversarial_risk(model, cut((x,), *[1] * 6), linear, epsilon=0.1, method=PRESETS["asam"])
+    assert scaled.sharpness == pytest.approx(0.1 * float((x * model.w.detach()).norm(dim=1).mean()), rel=1e-12)
     together = ascent_sharpness(model, [(x,)], linear, epsilon=0.1)
     assert together.sharpness == pytest.approx(0.1 * float(x.mean(0).norm()), rel=1e-12)
 

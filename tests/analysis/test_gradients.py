@@ -38,7 +38,18 @@ def test_names_of_layers():
     assert layer_of("decoder.lstm.weight") is None and stack_of("decoder.lstm.weight") == "decoder"
 
 
-@pytest.mark.parametrize("text", ["", "nothing here\n", '{"epoch": 1}\n', "[1, 2]\n"])
+BAD_ROWS = [
+    '{"epoch": 1, "update": 1, "norm": 1.0, "norms": {"w": "large"}}\n',
+    '{"epoch": 1, "update": 1, "norm": 1.0, "norms": {"w": null}}\n',
+    '{"epoch": 1, "update": 1, "norm": "large", "norms": {"w": 1.0}}\n',
+    '{"epoch": 1, "update": 1, "norm": NaN, "norms": {"w": 1.0}}\n',
+    '{"epoch": 1, "update": 1, "norm": 1.0, "norms": {"w": -1.0}}\n',
+    '{"epoch": 1, "update": 1, "norm": 1.0, "norms": [1.0]}\n',
+    '{"epoch": Infinity, "update": 1, "norm": 1.0, "norms": {}}\n',
+]
+
+
+@pytest.mark.parametrize("text", ["", "nothing here\n", '{"epoch": 1}\n', "[1, 2]\n", *BAD_ROWS])
 def test_not_a_log(tmp_path, text):
     (tmp_path / "log").write_text(text)
     with pytest.raises(ValueError, match="expected a log of --sam-gradient-log"):

@@ -40,6 +40,14 @@ def test_line_between_two_models():
     assert ends[0] == pytest.approx(float(0.5 * w @ after.A @ w), rel=1e-12) and ends[1] == objective.loss()
 
 
+def test_what_other_weights_lack_is_held_constant():
+    objective = Objective(Network(), [classes_data()], classes_loss)
+    others = {"first.weight": torch.zeros(6, 4), "pooler": torch.ones(3)}
+    direction = dict(zip(objective.space.names, difference(objective, others), strict=True))
+    torch.testing.assert_close(direction.pop("first.weight"), objective.model.first.weight.detach())
+    assert len(direction) == 5 and not any(d.any() for d in direction.values())
+
+
 def test_filters_have_the_models_norms():
     objective = Objective(Network(), [classes_data()], classes_loss)
     direction = filter_normalised(objective, seed=3)
@@ -87,9 +95,9 @@ def test_bad_values():
     objective = Objective(random_quadratic(), [1.0], quadratic_loss)
     with pytest.raises(ValueError, match=r"expected 1 coordinates, got \(1.0, 2.0\)"):
         list(landscape(objective, [[torch.ones(6).double()]], [(1.0, 2.0)]))
-    with pytest.raises(ValueError, match=r"expected w with the shape \(6,\) in both models, but it is missing"):
-        difference(objective, {})
-    with pytest.raises(ValueError, match=r"expected w .* but it has the shape \(2,\)"):
+    with pytest.raises(ValueError, match="expected models with parameters in common, but the other one lacks w"):
+        difference(objective, {"v": torch.ones(6)})
+    with pytest.raises(ValueError, match=r"expected w .*\(6,\) .* the other one's is \(2,\); .*--exclude"):
         difference(objective, {"w": torch.ones(2)})
     with pytest.raises(ValueError, match="number must be an integer >= 1, got 0"):
         steps(0, 1, 0)

@@ -1,8 +1,11 @@
 """Spectra against dense matrices in float64."""
 
+import os
+
 import pytest
 import torch
 
+from fairseq_sam.analysis.memory import free_bytes
 from fairseq_sam.analysis.objective import Objective
 from fairseq_sam.analysis.spectrum import fisher_eigenvalues, hessian_density, hessian_eigenvalues, hessian_trace
 from tests.analysis.models import (
@@ -107,16 +110,51 @@ def test_progress_counts_products():
     assert seen == [(i, 6) for i in range(1, 7)]
 
 
+def test_vectors_that_do_not_fit_into_memory(monkeypatch):
+    """63 weights of 8 bytes, a vector for each of 30 steps and, at the end, for each of 10 eigenvalues."""
+    objective, calls = network_objective(), []
+    objective._loss_sum = lambda *args: calls.append(args)
+    monkeypatch.setattr("fairseq_sam.analysis.memory.free_bytes", lambda device: 63 * 8 * 40 - 1)
+    for call in (
+        lambda: hessian_eigenvalues(objective, 10, steps=30),
+        lambda: hessian_density(objective, steps=34),
+    ):
+        with pytest.raises(
+            ValueError, match=r"steps over 63 weights needs about 1.88e-05 GiB .*, but 1.88e-05 GiB are"
+        ):
+            call()
+    with pytest.raises(ValueError, match=r"free; lower --steps, --top or --density-steps, or .* --exclude"):
+        hessian_eigenvalues(objective, 11, steps=30)
+    assert not calls, "before the first product"
+    objective = network_objective()
+    hessian_eigenvalues(objective, 9, steps=30)
+    monkeypatch.setattr("fairseq_sam.analysis.memory.free_bytes", lambda device: None)
+    hessian_density(objective, steps=34)
+
+
+def test_free_memory(monkeypatch, tmp_path):
+    free = free_bytes(torch.device("cpu"))
+    assert 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemFree:  5 kB\nMemAvailable:     123 kB\n")
+    monkeypatch.setattr("fairseq_sam.analysis.memory.MEMINFO", tmp_path / "meminfo")
+    assert free_bytes(torch.device("cpu")) == 123 * 1024
+    monkeypatch.setattr("fairseq_sam.analysis.memory.MEMINFO", tmp_path / "nowhere")
+    assert free_bytes(torch.device("cpu")) is None
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda o: hessian_eigenvalues(o, 0), "k must be an integer from 1 to 63, got 0"),
-        (lambda o: hessian_eigenvalues(o, 64), "k must be an integer from 1 to 63, got 64"),
-        (lambda o: hessian_eigenvalues(o, 5, steps=4), "steps must be an integer from 5 to 63, got 4"),
+        (lambda o: hessian_eigenvalues(o, 0), r"k \(--top\) must be an integer from 1 to 63, got 0"),
+        (lambda o: hessian_eigenvalues(o, 64), r"k \(--top\) must be an integer from 1 to 63, got 64"),
+        (lambda o: hessian_eigenvalues(o, 5, steps=4), r"steps \(--steps\) must be an integer from 5 to 63, got 4"),
         (lambda o: hessian_trace(o, 1), "samples must be an integer >= 2, got 1"),
-        (lambda o: hessian_density(o, steps=64), "steps must be an integer from 1 to 63, got 64"),
+        (lambda o: hessian_density(o, steps=64), r"steps \(--density-steps\) must be an integer from 1 to 63, got 64"),
         (lambda o: hessian_density(o, runs=0, steps=3), "runs must be an integer >= 1, got 0"),
-        (lambda o: fisher_eigenvalues(o.model, [1, 2], classes_loss, 3), "k must be an integer from 1 to 2, got 3"),
+        (
+            lambda o: fisher_eigenvalues(o.model, [1, 2], classes_loss, 3),
+            r"k \(--top\) must be an integer from 1 to 2, got 3",
+        ),
         (lambda o: fisher_eigenvalues(o.model, [1, 2], classes_loss, 1, block=0), "block must be an integer >= 1"),
     ],
 )

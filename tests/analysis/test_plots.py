@@ -1,0 +1,105 @@
+"""What is on plots: names as they are, scales, error bars."""
+
+import math
+
+import pytest
+
+from fairseq_sam.analysis.plots import draw_curves, figure, set_log_scale, set_whole_numbers
+from fairseq_sam.commands import spectrum
+
+NAMES = ["_private", "a_$b$_{c}", "10$", "Adam"]
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    """Matplotlib hides names that begin with an underscore, and sets what is between dollars as a formula."""
+    made, (axes,) = figure()
+    draw_curves(axes, {name: ([1.0, 2.0], [1.0, 2.0]) for name in NAMES}, x="x", y="y")
+    texts = axes.get_legend().get_texts()
+    assert [text.get_text() for text in texts] == NAMES and not any(text.get_parse_math() for text in texts)
+    made.savefig(tmp_path / "plot.png")
+
+
+def test_a_model_has_the_same_colour_in_all_panels():
+    _, axes = figure(2)
+    for panel, first in zip(axes, ([1.0], []), strict=True):
+        draw_curves(panel, {"a": (first, first), "b": ([1.0], [2.0])}, x="x", y="y")
+    colours = [panel.get_lines()[-1].get_color() for panel in axes]
+    assert colours[0] == colours[1] and [text.get_text() for text in axes[1].get_legend().get_texts()] == ["b"]
+
+
+@pytest.mark.parametrize("most", [1, 2, 50])
+def test_whole_numbers(most):
+    _, (axes,) = figure()
+    ranks = [float(rank) for rank in range(1, most + 1)]
+    draw_curves(axes, {"a": (ranks, ranks)}, x="x", y="y")
+    set_whole_numbers(axes)
+    inside = [tick for tick in axes.get_xticks() if 0.9 < tick < most + 0.1]
+    assert inside and all(tick == int(tick) for tick in inside)
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ([1e-3, 0.1], "log"),
+        ([-1e-3, 0.1], "symlog"),
+        ([0.0, 0.1], "symlog"),
+        ([0.0, 0.0], "linear"),
+        ([math.nan, 0.1], "log"),
+        ([math.nan, math.inf], "linear"),
+    ],
+)
+def test_scale_of_values(tmp_path, values, scale):
+    made, (axes,) = figure()
+    draw_curves(axes, {"a": ([1.0, 2.0], values)}, x="x", y="y", errors={"a": [0.5, 0.5]})
+    set_log_scale(axes)
+    assert axes.get_yscale() == scale
+    made.savefig(tmp_path / "plot.png")
+
+
+def test_error_bars():
+    _, (axes,) = figure()
+    draw_curves(axes, {"a": ([1.0, 2.0], [3.0, 4.0])}, x="x", y="y", errors={"a": [0.5, 0.25]})
+    (bars,) = axes.collections
+    assert [tuple(bar[:, 1]) for bar in bars.get_segments()] == [(2.5, 3.5), (3.75, 4.25)]
+
+
+@pytest.fixture
+def saved(monkeypatch, tmp_path):
+    """The figures that the commands save."""
+    found = []
+
+    def save(made, path):
+        made.savefig(tmp_path / path)
+        found.append(made)
+
+    monkeypatch.setattr(spectrum, "save", save)
+    return found
+
+
+def spectrum_of(models, *, eigenvalues=True, density=True):
+    ranks = range(1, 4)
+    return {
+        "trace": [{"model": name, "trace": 12.345, "standard error": 0.678} for name in models],
+        "eigenvalues": [
+            {"model": name, "matrix": "hessian", "rank": rank, "eigenvalue": 1 / rank}
+            for name in models for rank in ranks if eigenvalues
+        ],
+        "density": [
+            {"model": name, "eigenvalue": rank, "density": 1 / rank} for name in models for rank in ranks if density
+        ],
+    }  # fmt: skip
+
+
+def test_spectrum_shows_traces_and_whole_ranks(saved):
+    models = ["_a", "$b$"]
+    with_traces = [f"{name}, trace 12.3 ± 0.68" for name in models]
+    spectrum.plot(spectrum_of(models), "all.png")
+    hessian, density = saved[-1].axes
+    assert [text.get_text() for text in hessian.get_legend().get_texts()] == with_traces
+    assert [text.get_text() for text in density.get_legend().get_texts()] == models
+    assert all(tick == int(tick) for tick in hessian.get_xticks())
+    spectrum.plot(spectrum_of(models, eigenvalues=False), "density.png")
+    assert [text.get_text() for text in saved[-1].axes[0].get_legend().get_texts()] == with_traces
+    spectrum.plot(spectrum_of(models, eigenvalues=False, density=False), "trace.png")
+    labels = saved[-1].axes[0].get_xticklabels()
+    assert [text.get_text() for text in labels] == models and not any(text.get_parse_math() for text in labels)
