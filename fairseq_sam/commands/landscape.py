@@ -42,6 +42,11 @@ def main(arguments: Sequence[str]) -> None:
     kind = "line" if args.before else "surface"
     number = {"line": 41, "surface": 25}[kind] if args.points is None else args.points
     axis = steps(args.ends[0], args.ends[1], number)
+    if len(set(map(shown, axis))) < number:
+        parser.error(
+            f"--range must hold {number} places (--points) that differ in six decimals, got {args.ends[0]:g} "
+            f"{args.ends[1]:g}"
+        )
     places = [(x,) for x in axis] if kind == "line" else [(x, y) for x in axis for y in axis]
     table = args.out / f"{kind}.tsv"
     shared = {
