@@ -140,3 +140,14 @@ def test_digest_of_data():
         [{**batches[0], "id": torch.tensor([True, False])}], [{**batches[0], "id": torch.tensor(1)}],
     ]  # fmt: skip
     assert len({digest_of_data(each) for each in [batches, *others]}) == len(others) + 1
+
+
+def test_a_table_of_another_command_is_not_overwritten(tmp_path, capsys):
+    """The trials of ``theory`` have a line of their own."""
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).write_text("none")
+    (tmp_path / "line.tsv").write_text("alpha\ttrain\n0.5\t1\n")
+    words = ["landscape", str(tmp_path / "a.pt"), "--before", str(tmp_path / "b.pt"), "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert f"{tmp_path / 'line.tsv'} must be of an earlier landscape" in capsys.readouterr().err
+    assert (tmp_path / "line.tsv").read_text().startswith("alpha")
