@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fairseq_sam.adapter.embeddings import word_embeddings
 from fairseq_sam.adapter.errors import CheckpointError, UserError
 from fairseq_sam.adapter.slicing import Slicer
 from fairseq_sam.analysis.epsilon import Probe, method_probe
+from fairseq_sam.analysis.memory import is_out_of_memory
 from fairseq_sam.analysis.objective import Objective, evaluating
 from fairseq_sam.core.method import Method
 
@@ -118,12 +119,8 @@ class Trained:
         Raises:
             UserError: if the data have no such split, or none of its sentences can be measured.
         """
-        try:
+        with _reading(f"{flag} {subset} of {self.data}"):
             self.task.load_dataset(subset, combine=False, epoch=1, task_cfg=self.cfg.task)
-        except Exception as error:  # each task's own
-            if isinstance(error, MemoryError):
-                raise
-            raise UserError(f"{flag} {subset} is not in the data, {self.data}: {_line(error)}") from error
         dataset = self.task.dataset(subset)
         try:
             iterator = self._iterator(dataset, max_tokens, batch_size, seed)
@@ -137,10 +134,11 @@ class Trained:
             ) from None
         batches = iterator.next_epoch_itr(shuffle=number is not None)
         found: list[Any] = []
-        for batch in batches:
-            if number is not None and len(found) == number:
-                break
-            found.append(utils.move_to_cuda(batch) if self._use_cuda else batch)
+        with _reading(f"{flag} {subset} of {self.data}"):
+            for batch in batches:
+                if number is not None and len(found) == number:
+                    break
+                found.append(utils.move_to_cuda(batch) if self._use_cuda else batch)
         if not found:
             raise UserError(f"{flag} {subset} of {self.data} has no sentence that the model of {self.path} takes")
         return found
@@ -278,13 +276,24 @@ def _loaded(path: str | Path, overrides: dict[str, Any]) -> tuple[list[Any], Any
     except CheckpointError as error:
         raise CheckpointError(error.finding, FOR_ANALYSES) from None
     except Exception as error:
-        if isinstance(error, UserError | MemoryError) or "out of memory" in str(error):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         where = f"those in {overrides['data']} (--data)" if "data" in overrides else "those that it names"
         raise UserError(
             f"{path} and its data do not fit together, or are of a model that is not known here: {_line(error)}. "
             f"The data are {where}; they must be those of the task that the model was trained on, with its dictionaries"
         ) from error
+
+
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Let errors of reading data, which are each task's own, say of which."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{what} cannot be read: {_line(error)}") from error
 
 
 def _check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:

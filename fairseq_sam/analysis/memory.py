@@ -28,6 +28,12 @@ def check_memory(needed: int, device: torch.device, what: str, advice: str) -> N
         )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory could not be allocated."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Return how many bytes can be allocated on a device; None if that is not known."""
     if device.type == "cuda":

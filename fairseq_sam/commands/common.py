@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
+from fairseq_sam.analysis.memory import is_out_of_memory
 from fairseq_sam.commands.settings import digest_of_data, digest_of_files, write_settings
 from fairseq_sam.core.method import parse_norm
 
@@ -36,6 +37,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"fairseq-sam {command}", description=" ".join(description.split()), allow_abbrev=False)
         self.set_defaults(command=command)
+        # Before Python 3.14 argparse takes -1e-3 for a flag.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the words.
@@ -145,10 +148,10 @@ def model_names(checkpoints: Sequence[Path], names: Sequence[str] | None) -> lis
     """Return the models' names: the given ones, or the fewest parts of their paths that tell them apart.
 
     Raises:
-        ValueError: if there are not as many names as checkpoints, or two are the same.
+        ValueError: if there are not as many names as checkpoints, two are the same or one is empty.
     """
     if names is not None:
-        if len(names) != len(checkpoints) or len(set(names)) != len(names):
+        if len(names) != len(checkpoints) or len(set(names)) != len(names) or not all(map(str.strip, names)):
             raise ValueError(
                 f"--names must be {len(checkpoints)} different names, one for each checkpoint, got {names}"
             )
@@ -335,21 +338,16 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> i
     except Exception as error:
         if not _is_user_s(error):
             raise
-        print(f"fairseq-sam: error: {error}{OUT_OF_MEMORY if _is_out_of_memory(error) else ''}", file=sys.stderr)
+        print(f"fairseq-sam: error: {error}{OUT_OF_MEMORY if is_out_of_memory(error) else ''}", file=sys.stderr)
         return 2
     return 0
 
 
 def _is_user_s(error: Exception) -> bool:
-    if isinstance(error, ValueError | OSError) or _is_out_of_memory(error):
+    if isinstance(error, ValueError | OSError) or is_out_of_memory(error):
         return True
     errors = sys.modules.get("fairseq_sam.adapter.errors")
     return errors is not None and isinstance(error, errors.UserError)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    texts = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def written(*paths: Path) -> None:

@@ -4,6 +4,7 @@ The line goes from the weights before training (``--before``) to those after, an
 plane's two directions are filter-normalised (Li et al. 2018; FSAM Fig. 4). A stopped command goes on where it was.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,41 +37,31 @@ def main(arguments: Sequence[str]) -> None:
         "--exclude", type=common.pattern, default="", help="regular expression: parameters that are held constant"
     )
     args = parser.parse_args(arguments)
-    if not args.ends[0] < args.ends[1]:
-        parser.error(f"--range must be two numbers FROM < TO, got {args.ends[0]:g} {args.ends[1]:g}")
     common.check_files([args.before] if args.before else [])
     kind = "line" if args.before else "surface"
-    number = {"line": 41, "surface": 25}[kind] if args.points is None else args.points
-    axis = steps(args.ends[0], args.ends[1], number)
+    axis = axis_of(parser, args, kind)
     places = [(x,) for x in axis] if kind == "line" else [(x, y) for x in axis for y in axis]
     table = args.out / f"{kind}.tsv"
-    shared = {
-        "subset": args.subset, "seed": str(args.seed), "batches": str(args.num_batches or "all"),
-        "exclude": args.exclude,
-    }  # fmt: skip
-    earlier, rows = read_rows(table), []
+    earlier, rows = rows_of(table), []
 
     def write() -> None:
         begun = {row["model"] for row in rows}
         write_rows(table, [*rows, *(row for row in earlier if row["model"] not in begun)])
 
-    wanted = {tuple(map(shown, place)) for place in places}
+    wanted = set(map(shown, places))
     for name, trained, batches in common.trained_models(args):
         objective = trained.objective(batches, args.exclude)
         with common.about(name):
             directions = [line(name, trained, objective, args.before)] if args.before else plane(objective, args.seed)
-        settings = {
-            "model": name, **shared, "data": digest_of_data(batches),
-            "weights": digest_of_files(trained.path, *([args.before] if args.before else [])),
-        }  # fmt: skip
+        settings = settings_of(args, name, trained, batches)
         kept = [row for row in earlier if settings.items() <= row.items() and place_of(row) in wanted]
         rows += kept
         known = set(map(place_of, kept))
-        left = [place for place in places if tuple(map(shown, place)) not in known]
+        left = [place for place in places if shown(place) not in known]
         progress = common.Progress(f"landscape of {name}")
         with now_and_then(write) as added:
             for done, point in enumerate(landscape(objective, directions, left), len(known) + 1):
-                place = dict(zip(("x", "y"), map(shown, point.place), strict=False))
+                place = dict(zip(("x", "y"), shown(point.place), strict=False))
                 rows.append({**settings, **place, "loss": point.loss})
                 added()
                 progress(done, len(places))
@@ -78,6 +69,40 @@ def main(arguments: Sequence[str]) -> None:
     image = table.with_suffix(".png")
     (plot_line if kind == "line" else plot_surface)(rows, image)
     common.written(table, image)
+
+
+def axis_of(parser: common.Parser, args: argparse.Namespace, kind: str) -> list[float]:
+    """Return the coordinates along an axis; those that the table could not tell apart are refused."""
+    least, most = args.ends
+    if not least < most:
+        parser.error(f"--range must be two numbers FROM < TO, got {least:g} {most:g}")
+    axis = steps(least, most, args.points or {"line": 41, "surface": 25}[kind])
+    if len({shown((x,)) for x in axis}) < len(axis):
+        parser.error(
+            f"--range must hold {len(axis)} places (--points) that differ in six decimals, got {least:g} {most:g}"
+        )
+    return axis
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    """Return the rows of an earlier table.
+
+    Raises:
+        ValueError: if it is of another command.
+    """
+    rows = read_rows(table)
+    if any("model" not in row for row in rows):
+        raise ValueError(f"{table} must be of an earlier landscape, but it has no column model; take another --out")
+    return rows
+
+
+def settings_of(args: argparse.Namespace, name: str, trained: Any, batches: list[Any]) -> dict[str, str]:
+    """Return what the rows of a model were measured with; those with the same settings are kept."""
+    return {
+        "model": name, "subset": args.subset, "seed": str(args.seed), "batches": str(args.num_batches or "all"),
+        "exclude": args.exclude, "data": digest_of_data(batches),
+        "weights": digest_of_files(trained.path, *([args.before] if args.before else [])),
+    }  # fmt: skip
 
 
 def line(name: str, trained: Any, objective: Objective, before: Path) -> list[Tensor]:
@@ -98,9 +123,9 @@ def plane(objective: Objective, seed: int) -> list[list[Tensor]]:
     return [filter_normalised(objective, seed), filter_normalised(objective, seed + 10**6)]
 
 
-def shown(number: float) -> str:
-    """Return a coordinate as the table has it."""
-    return f"{number:.6f}"
+def shown(place: tuple[float, ...]) -> tuple[str, ...]:
+    """Return coordinates as the table has them."""
+    return tuple(f"{coordinate:.6f}" for coordinate in place)
 
 
 def place_of(row: Mapping[str, str]) -> tuple[str, ...]:

@@ -93,11 +93,22 @@ def test_data_of_another_model(checkpoints, classifiers, language_model_data, tr
 def test_splits_and_batches_that_are_not_there(checkpoints, classifiers, tmp_path, capsys):
     for path in (checkpoints[0], classifiers[0]):
         words = ["robustness", path, "--out", str(tmp_path)]
-        assert "error: --subset nowhere is not in the data, /" in error_of([*words, "--subset", "nowhere"], capsys)
-        error = error_of([*words, "--attack-subset", "nowhere"], capsys)
-        assert "error: --attack-subset nowhere is not in the data, /" in error
+        for flag in ("--subset", "--attack-subset"):
+            error = error_of([*words, flag, "nowhere"], capsys)
+            assert f"error: {flag} nowhere of /" in error and "cannot be read: " in error
+            assert "not find dataset" in error or "Dataset not found" in error
         assert "--max-tokens must be at least 1" in error_of([*words, "--max-tokens", "3"], capsys)
         assert "of the longest sentence of valid, got 3" in error_of([*words, "--max-tokens", "3"], capsys)
+
+
+def test_damaged_data(checkpoints, translation_data, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(translation_data, data)
+    for file in ("valid.src-tgt.src.bin", "valid.src-tgt.src.idx"):
+        with open(data / file, "r+b") as opened:
+            opened.truncate(100 if file.endswith("bin") else 0)
+        error = error_of(["sharpness", checkpoints[0], "--data", str(data), "--out", str(tmp_path)], capsys)
+        assert f"error: --subset valid of {data} cannot be read: " in error
 
 
 def test_excluding_all(checkpoints, tmp_path, capsys):

@@ -43,6 +43,8 @@ def test_names_do_not_depend_on_the_folder_that_all_are_in(monkeypatch, tmp_path
 def test_bad_names():
     with pytest.raises(ValueError, match="--names must be 2 different names"):
         model_names([Path("a.pt"), Path("b.pt")], ["x", "x"])
+    with pytest.raises(ValueError, match="--names must be 1 different names"):
+        model_names([Path("a.pt")], [" "])
     with pytest.raises(ValueError, match="two checkpoints are the same file"):
         model_names([Path("x/../a.pt"), Path("a.pt")], None)
 
@@ -68,6 +70,8 @@ BAD = [([command, flag, value], f"{flag}: must be an integer >= 1, got {value}")
         (["landscape", "--points", "1"], "--points: must be an integer >= 2, got 1"),
         (["landscape", "--range", "0", "0"], "--range must be two numbers FROM < TO, got 0 0"),
         (["landscape", "--range", "1", "-1"], "--range must be two numbers FROM < TO, got 1 -1"),
+        (["landscape", "--range", "-1e-3", "-2e+1"], "--range must be two numbers FROM < TO, got -0.001 -20"),
+        (["landscape", "--range", "0", "1e-6"], "--range must hold 25 places (--points) that differ in six decimals"),
         (["landscape", "--range", "0", "inf"], "--range: must be a finite number, got inf"),
         (["landscape", "--range", "0", "x"], "--range: must be a finite number, got x"),
         (["robustness", "--bleu", "-1"], "--bleu: must be an integer >= 0, got -1"),
@@ -136,3 +140,14 @@ def test_digest_of_data():
         [{**batches[0], "id": torch.tensor([True, False])}], [{**batches[0], "id": torch.tensor(1)}],
     ]  # fmt: skip
     assert len({digest_of_data(each) for each in [batches, *others]}) == len(others) + 1
+
+
+def test_a_table_of_another_command_is_not_overwritten(tmp_path, capsys):
+    """The trials of ``theory`` have a line of their own."""
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).write_text("none")
+    (tmp_path / "line.tsv").write_text("alpha\ttrain\n0.5\t1\n")
+    words = ["landscape", str(tmp_path / "a.pt"), "--before", str(tmp_path / "b.pt"), "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert f"{tmp_path / 'line.tsv'} must be of an earlier landscape" in capsys.readouterr().err
+    assert (tmp_path / "line.tsv").read_text().startswith("alpha")

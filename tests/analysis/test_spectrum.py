@@ -140,6 +140,10 @@ def test_free_memory(monkeypatch, tmp_path):
     assert free_bytes(torch.device("cpu")) == 123 * 1024
     monkeypatch.setattr("fairseq_sam.analysis.memory.MEMINFO", tmp_path / "nowhere")
     assert free_bytes(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert free_bytes(torch.device("cuda", 0)) == 1200, "what torch holds but does not use is free"
 
 
 @pytest.mark.parametrize(
