@@ -6,6 +6,7 @@ goes on where it was; rows of other settings stay in the tables.
 """
 
 import argparse
+import csv
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ from fairseq_sam.analysis.theory import Data, LinePoint, Shift
 from fairseq_sam.commands import common
 
 ALPHAS = [step / 20 for step in range(-20, 41)]  # from theta* - (theta - theta*) to theta + (theta - theta*)
+NEAR = 0.5  # |alpha| up to which a place is near theta*
 NUMBER = 1000
 SPLITS = ("train", "t10k")
 
@@ -38,20 +40,20 @@ def main(arguments: Sequence[str]) -> None:
     model = theory.perceptron(train[0].shape[1], args.hidden, args.activation, args.seed)
     loss_on = theory.penalised(model, args.l2)
     train_loss = loss_on([(1.0, train)])
-    reach_minimum(train_loss, args.out / f"minimum_{digest(json.dumps(settings).encode())}.pt", args.iterations)
     line = Table(args.out / "line.tsv", settings, LinePoint, "alpha")
+    tables = {
+        name: Table(args.out / "shifts.tsv", {**settings, "mixture": name}, Shift, "eta") for name in args.mixture
+    }
+    reach_minimum(train_loss, args.out / f"minimum_{digest(json.dumps(settings).encode())}.pt", args.iterations)
     if line.left(ALPHAS):
         line.replace(theory.line(train_loss, loss_on([(1.0, test)]), ALPHAS, iterations=args.iterations))
     etas = [trial / args.trials for trial in range(args.trials + 1)]
-    found = {}
-    for name in args.mixture:
-        mix = theory.MIXTURES[name]
-        table = Table(args.out / "shifts.tsv", {**settings, "mixture": name}, Shift, "eta")
+    for name, table in tables.items():
         theory.shifts(
-            lambda eta, mix=mix: loss_on(mix(train, test, eta)),
+            lambda eta, mix=theory.MIXTURES[name]: loss_on(mix(train, test, eta)),
             table.left(etas), iterations=args.iterations, found=table.add, progress=common.Progress(f"{name}: shifts"),
         )  # fmt: skip
-        found[name] = table.results
+    found = {name: table.results for name, table in tables.items()}
     plot(line.results, found, args.out / "theory.png")
     report(line.results, found)
     common.written(line.path, args.out / "shifts.tsv", args.out / "theory.png")
@@ -233,14 +235,10 @@ class Table:
 
     def __init__(self, path: Path, settings: Mapping[str, str], kind: type, key: str) -> None:
         self.path, self._settings, self._kind, self._key = path, settings, kind, key
-        rows = read_rows(path)
-        columns = list(kind.__dataclass_fields__)
-        if any(None in row or None in row.values() or not {key, *settings} <= row.keys() for row in rows):
-            raise ValueError(f"{path} is no table of this command; move it away or give another --out")
-        self._others = [row for row in rows if not settings.items() <= row.items()]
-        own = [row for row in rows if settings.items() <= row.items()]
+        self._columns = list(kind.__dataclass_fields__)
+        own = [row for row in self._rows() if self._is_own(row)]
         try:
-            self._results = [kind(*(float(row[column]) for column in columns)) for row in own]
+            self._results = [kind(*(float(row[column]) for column in self._columns)) for row in own]
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} has a row that is no measurement ({error}); remove the row") from error
 
@@ -261,7 +259,21 @@ class Table:
     def replace(self, results: Sequence[Any]) -> None:
         """Put results in the place of all of the settings, and write the table."""
         self._results = list(results)
-        write_rows(self.path, [*self._others, *({**self._settings, **vars(result)} for result in self.results)])
+        others = [row for row in self._rows() if not self._is_own(row)]
+        write_rows(self.path, [*others, *({**self._settings, **vars(result)} for result in self.results)])
+
+    def _rows(self) -> list[dict[str, str]]:
+        try:
+            rows = read_rows(self.path)
+        except (csv.Error, UnicodeDecodeError):
+            rows = [{}]
+        wanted = {self._key, *self._settings}
+        if any(None in row or None in row.values() or not wanted <= row.keys() for row in rows):
+            raise ValueError(f"{self.path} is no table of this command; move it away or give another --out")
+        return rows
+
+    def _is_own(self, row: Mapping[str, str]) -> bool:
+        return self._settings.items() <= row.items()
 
     def _place(self, result: Any) -> float:
         return float(getattr(result, self._key))
@@ -289,7 +301,7 @@ def plot(points: Sequence[LinePoint], found: Mapping[str, Sequence[Shift]], path
     for place, name in ((0.0, "θ*"), (1.0, "θ")):
         axes[0].axvline(place, color="black", linewidth=0.6)
         axes[0].annotate(
-            name, (place, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points"
+            name, (place, 0.02), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points"
         )
     trials = {f"{name}: {summary(shifts)}": _places_and_lengths(shifts) for name, shifts in found.items()}
     draw_curves(
@@ -313,13 +325,15 @@ def summary(shifts: Sequence[Shift]) -> str:
 
 def report(points: Sequence[LinePoint], found: Mapping[str, Sequence[Shift]]) -> None:
     """Print how well the theorems fit."""
-    shifted, unshifted = theory.misfits(points)
-    print(f"off the test loss on the line: training loss shifted by delta {shifted:.2%}, not shifted {unshifted:.2%}")
+    near = [point for point in points if abs(point.alpha) <= NEAR]
+    for where, some in ((f"near θ* (|α| ≤ {NEAR:g})", near), ("on the whole line", points)):
+        shifted, unshifted = theory.misfits(some)
+        print(f"off the test loss {where}: training loss shifted by δ {shifted:.2%}, not shifted {unshifted:.2%}")
     for name, shifts in found.items():
         control = next(shift for shift in shifts if shift.eta == 0)
         largest = max(shift.gradient for shift in shifts)
-        print(f"{name}: {summary(shifts)}; r is the correlation of η and |delta|")
-        print(f"{name}: control, |delta| at η = 0: {control.distance:.2g}; largest gradient reached {largest:.2g}")
+        print(f"{name}: {summary(shifts)}; r is the correlation of η and ‖δ‖")
+        print(f"{name}: control, ‖δ‖ at η = 0: {control.distance:.2g}; largest gradient reached {largest:.2g}")
 
 
 def _places_and_lengths(shifts: Sequence[Shift]) -> tuple[list[float], list[float]]:
