@@ -301,11 +301,11 @@ def plot(points: Sequence[LinePoint], found: Mapping[str, Sequence[Shift]], path
     for place, name in ((0.0, "θ*"), (1.0, "θ")):
         axes[0].axvline(place, color="black", linewidth=0.6)
         axes[0].annotate(
-            name, (place, 0.02), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points"
+            name, (place, 0.6), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points"
         )
     trials = {f"{name}: {summary(shifts)}": _places_and_lengths(shifts) for name, shifts in found.items()}
     draw_curves(
-        axes[1], trials, x="η: share of test data in the mixture", y="‖δ‖₂: shift of the minimum (weights)",
+        axes[1], trials, x="η: share of test data in the mixture", y="‖δ‖₂: shift of the minimum (unit of the weights)",
         linestyle="", fillstyle="none",
     )  # fmt: skip
     last = max((shift for shifts in found.values() for shift in shifts), key=lambda shift: shift.eta)
