@@ -87,7 +87,7 @@ def penalised(model: nn.Module, l2: float = L2) -> Callable[[Sequence[Part]], Ob
     Differs from the paper, which names no penalty: without one the loss of separable data has no minimum, and the
     theorems want a strongly convex one. With the usual penalty on ``|w|^2`` (0.001 to 0.01, 2000 images) L-BFGS took
     more than 2000 iterations to a gradient of 1e-5; with this one and 0.05 (1000 images) some trials jumped to other
-    minima; with 0.1 none did.
+    minima; with 0.1 no such jump was seen.
 
     Args:
         model: the model, with its first weights.
