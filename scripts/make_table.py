@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.recipes.obtained import read_rows  # noqa: E402
 from scripts.recipes.recipe import Metric, RecipeError, column_names, read_recipe, recipe_folders, size_names  # noqa: E402
+from scripts.recipes.shared_rows import share_rows  # noqa: E402
 from scripts.recipes.tables import AVERAGE, FORMATS, average_rows, cells, table_rows  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results.md"
@@ -54,6 +55,7 @@ def main() -> None:
         raise SystemExit(f"error: --output must be in a folder that is there, got {args.output}")
     try:
         if args.readme:
+            share_rows([read_recipe(folder, "mini").folder for folder in args.recipes] or recipe_folders())
             for folder in args.recipes or recipe_folders():
                 write_readme(read_recipe(folder, "mini").folder)
             RESULTS.write_text(results(), encoding="utf-8")

@@ -81,6 +81,13 @@ def main() -> None:
             raise CorpusError(f"{2 * number} documents are held out (--num-held-out), and there are {len(documents)}")
         splits = {"valid": documents[:number], "test": documents[number : 2 * number]}
         splits["train"] = documents[2 * number :][: args.num_train]
+        if len(splits["train"]) < (args.num_train or 0):
+            there = ", ".join(name for name in CORPORA if (args.data / name).is_dir())
+            raise CorpusError(
+                f"--num-train wants {args.num_train} documents, but {there} in --data {args.data} have only "
+                f"{len(splits['train'])}; add {' and '.join(name for name in CORPORA if name not in there)}, or "
+                f"train on those with run_table.py … --set num_train={len(splits['train'])}"
+            )
         train_sentencepiece(splits["train"], args.out / MODEL, args.num_subwords)
         split_words = subwords_of(args.out / MODEL)
         files = {}

@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 
 from scripts.recipes.jobs import OUTPUT, Job, training_summary
 from scripts.recipes.locks import locked
-from scripts.recipes.recipe import ROOT
+from scripts.recipes.recipe import ROOT, RecipeError
 from scripts.recipes.significance import compare
 
 COLUMNS = [
@@ -30,15 +30,31 @@ VERSIONED = (
     "torch", "fairseq-fixed", "fairseq", "numpy", "sacrebleu", "scikit-learn", "scipy", "rouge-score", "tokenizers",
 )  # fmt: skip
 AUTO = "auto"
+MINUTES = "minutes"  # the metric that is the time of training
+NUMBERS: dict[str, Callable[[str], float]] = {"seed": int, "seconds": float, "passes": float}
 KEY = ("size", "column", "method", "seed", "metric")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a table of runs; none if the file is not there."""
+    """Rows of a table of runs; none if the file is not there.
+
+    Raises:
+        RecipeError: if a row is not one of such a table.
+    """
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        return [{**dict.fromkeys(COLUMNS, ""), **row} for row in csv.DictReader(file, delimiter="\t")]
+        rows = [{**dict.fromkeys(COLUMNS, ""), **row} for row in csv.DictReader(file, delimiter="\t")]
+    for line, row in enumerate(rows, 2):
+        for name, kind in NUMBERS.items():
+            try:
+                kind(row[name])
+            except (TypeError, ValueError):
+                raise RecipeError(
+                    f"{path}, line {line}: {name} must be a number, got {row[name]!r}; the line is damaged: take the "
+                    "file from the repository, or remove the line and run the table again"
+                ) from None
+    return rows
 
 
 def record_job(job: Job, tables: Sequence[Path]) -> None:
@@ -49,17 +65,19 @@ def record_job(job: Job, tables: Sequence[Path]) -> None:
     if not kept.exists():  # as it was when the run ended, also for a later table
         kept.write_text(json.dumps(_measured(job), indent=1) + "\n", encoding="utf-8")
     row = json.loads(kept.read_text(encoding="utf-8")) | _scored(job)
-    row |= {"size": job.recipe.size, "column": job.recipe.column, "method": job.method, "seed": str(job.seed)}
-    row["flags"] = _method_flags(job)
+    row |= {"size": job.recipe.label, "column": job.recipe.column, "method": job.method, "seed": str(job.seed)}
+    row["flags"] = method_flags(job)
     for table in tables:
         with _written_alone(table):
             earlier = [each["p_value"] for each in read_rows(table) if _key(each) == _key(row)]
-            _put(table, {"p_value": "".join(earlier), **row}, list(job.recipe.methods))
+            put_row(table, {"p_value": "".join(earlier), **row}, list(job.recipe.methods))
 
 
 def _scored(job: Job) -> dict[str, str]:
     """The table's metric, and what the development set says: of this metric, of the run, or its lowest loss."""
     scores, metric = job.scores or {}, job.recipe.metric.name
+    if metric == MINUTES:
+        scores = {MINUTES: training_summary(job.run)["seconds"] / 60}
     if metric not in scores:
         raise ValueError(f"{job.run} has no score {metric!r}; it has {', '.join(scores)}")
     valid = [scores[name] for name in (f"valid_{metric}", "valid") if name in scores]
@@ -89,12 +107,12 @@ def write_significance(jobs: Sequence[Job], tables: Sequence[Path]) -> None:
         p_value = None if job.method == recipe.baseline else compare(job, baseline)
         if p_value is None:
             continue
-        wanted = (recipe.size, recipe.column, job.method, str(job.seed), recipe.metric.name)
+        wanted = (recipe.label, recipe.column, job.method, str(job.seed), recipe.metric.name)
         for table in tables:
             with _written_alone(table):
                 for row in read_rows(table):
                     if _key(row) == wanted:
-                        _put(table, {**row, "p_value": f"{p_value:.4g}"}, list(recipe.methods))
+                        put_row(table, {**row, "p_value": f"{p_value:.4g}"}, list(recipe.methods))
 
 
 def versions() -> str:
@@ -120,7 +138,7 @@ def hardware(cpu: bool) -> str:
     return f"CPU ({model})"
 
 
-def _method_flags(job: Job) -> str:
+def method_flags(job: Job) -> str:
     """The flags in which a method differs from the baseline; with a radius that the run has found."""
     base = job.recipe.methods[job.recipe.baseline]
     flags = " ".join(f"--{name} {value}" for name, value in job.flags.items() if base.get(name) != value)
@@ -146,7 +164,7 @@ def _written_alone(table: Path) -> AbstractContextManager[int]:
     return locked(Path(tempfile.gettempdir()) / f"fairseq_sam-{os.getuid()}-{name}.lock")
 
 
-def _put(table: Path, row: dict[str, str], order: list[str]) -> None:
+def put_row(table: Path, row: dict[str, str], order: list[str]) -> None:
     """Put a row into its place by size, method and seed; methods that the recipe has no more come last."""
     rows = {_key(each): each for each in read_rows(table)}
     rows[_key(row)] = row

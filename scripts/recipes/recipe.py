@@ -8,6 +8,8 @@ recipe has methods or columns of its own.
 ``title``       what is trained on what
 ``paper``       paper and table
 ``prepare``     script that prepares the data, in the folder of the recipe that has the key
+``corpora``     folders below ``--data`` that it reads, looked for before anything is run; ``|`` stands between those
+                one of which is enough, ``{name}`` for an option
 ``evaluate``    how a run is scored: a name in ``evaluations.EVALUATIONS``
 ``metric``      the score that the table shows: ``name``, ``better`` (higher or lower), ``unit``, ``digits``
 ``options``     what the preparation needs to know, by name
@@ -44,8 +46,8 @@ EXAMPLES = ROOT / "examples"
 FILE = "recipe.yaml"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast, where it was built
 KEYS = {
-    "title", "paper", "extends", "prepare", "evaluate", "metric", "options", "evaluation", "measures", "flags",
-    "flags_of", "methods", "columns", "rates", "average", "seeds", "shared_start", "sizes", "sources",
+    "title", "paper", "extends", "prepare", "corpora", "evaluate", "metric", "options", "evaluation", "measures",
+    "flags", "flags_of", "methods", "columns", "rates", "average", "seeds", "shared_start", "sizes", "sources",
 }  # fmt: skip
 COLUMN_KEYS = {"options", "evaluation", "measures", "flags", "methods", "metric"}
 SIZE_KEYS = {*(COLUMN_KEYS - {"metric"}), "columns", "rates", "seeds", "needs"}
@@ -98,6 +100,8 @@ class Recipe:
         shared_start: whether the epochs before the start epoch are run once for all methods.
         average: whether the table has the averages over its columns too.
         needs: by option, the recipe of the model that the preparation needs; its baseline is trained first.
+        corpora: folders of the data that the preparation reads, each with its alternatives.
+        changed: options that were changed from values of the recipe's own.
     """
 
     name: str
@@ -118,6 +122,13 @@ class Recipe:
     shared_start: bool = False
     average: bool = False
     needs: Mapping[str, "Recipe"] = field(default_factory=dict)
+    corpora: Sequence[Sequence[str]] = ()
+    changed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The size as tables of runs have it: with the options that are not those of the recipe."""
+        return ", ".join([self.size, *(f"{name}={value}" for name, value in sorted(self.changed.items()))])
 
     @property
     def baseline(self) -> str:
@@ -177,7 +188,9 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
         return {name: value for layer in layers for name, value in (layer.get(key) or {}).items()}
 
     options = {**merged("options"), **at_rate}
-    options |= {name: _like(options.get(name), value) for name, value in (changed or {}).items()}
+    other = {name: _like(options.get(name), value) for name, value in (changed or {}).items()}
+    own_values = {name: options.get(name) for name in other}
+    options |= other
     flags = {**(FLAGS_OF[content["flags_of"]](options) if "flags_of" in content else {}), **merged("flags")}
     own = {name: [(layer.get("methods") or {}).get(name) or {} for layer in layers] for name in content["methods"]}
     return Recipe(
@@ -206,6 +219,8 @@ def read_recipe(folder: str | Path, size: str, column: str = "", changed: Mappin
             for name, needed in (at_size.get("needs") or {}).items()
             if name not in (changed or {})
         },
+        corpora=[each.format(**options).split("|") for each in content.get("corpora") or ()],
+        changed={name: value for name, value in other.items() if own_values[name] not in (None, value)},
     )
 
 

@@ -23,6 +23,7 @@ from scripts.recipes.obtained import record_job, write_significance
 from scripts.recipes.recipe import ROOT, Recipe, command_line
 
 SHOWN_EVERY = 60.0  # seconds between two reports
+DONE = "done"  # in the folder of prepared data: where they are from
 
 
 class RunError(RuntimeError):
@@ -62,6 +63,9 @@ def run_table(
     unknown = sorted(set(methods or ()) - set(first.methods))
     if unknown:
         raise RunError(f"--methods must be among {', '.join(first.methods)}, got {unknown[0]!r}")
+    if not dry_run:
+        for recipe in recipes:
+            _find_corpora(recipe, data, out)
     for needed in {each.folder: each for recipe in recipes for each in recipe.needs.values()}.values():
         run_table(
             [needed], data=data, out=out, methods=[needed.baseline], seeds=needed.seeds[:1], cpu=cpu, dry_run=dry_run
@@ -82,6 +86,8 @@ def run_table(
         return
     for recipe in recipes:
         _prepare(recipe, data, out)
+    if first.changed and record:
+        raise RunError(f"--record writes down the recipe's own runs; leave it out, or --set {' '.join(first.changed)}")
     tables = [out / first.name / first.size / "obtained.tsv", *([first.folder / "obtained.tsv"] if record else [])]
     _Runs(_starts(firsts), num_jobs or num_gpus or 1, num_gpus, []).run()
     _Runs(jobs, num_jobs or num_gpus or 1, num_gpus, tables).run()
@@ -97,9 +103,21 @@ def preparation(recipe: Recipe, data: Path, out: Path) -> list[str]:
     return [sys.executable, str(recipe.prepare), *folders, *command_line(flags)]
 
 
+def _find_corpora(recipe: Recipe, data: Path, out: Path) -> None:
+    """Look for what the preparation reads, which may come after hours of training a model that it needs."""
+    if (data_folder(recipe, out) / DONE).exists():
+        return
+    for names in recipe.corpora:
+        if not any((data / name).is_dir() for name in names):
+            raise RunError(
+                f"--data {data} has no folder {' or '.join(names)}, which {recipe.name} needs; examples/README.md says "
+                "what belongs into it"
+            )
+
+
 def _prepare(recipe: Recipe, data: Path, out: Path) -> None:
     folder = data_folder(recipe, out)
-    done = folder / "done"
+    done = folder / DONE
     with locked(folder.parent / "preparation.lock"):  # another process may run a table on the same data
         if done.exists():
             source = done.read_text(encoding="utf-8").strip()
