@@ -11,6 +11,7 @@ GPUs there is a job on each at a time; ``--jobs`` says otherwise.
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,12 @@ def main() -> None:
     try:
         if args.jobs is not None and args.jobs < 1:
             raise RunError(f"--jobs must be an integer >= 1, got {args.jobs}")
+        if ":" in str(args.out.absolute()):
+            raise RunError(
+                f"--out must be a path without a colon, at which fairseq cuts paths, got {args.out.absolute()}"
+            )
+        if min(args.seeds or [1]) < 0:
+            raise RunError(f"--seeds must be integers >= 0, got {min(args.seeds)}")
         if args.out.exists() and not args.out.is_dir():
             raise RunError(f"--out must be a folder, got {args.out}, which is a file")
         changed = changed_options(args.set)
@@ -58,6 +65,9 @@ def main() -> None:
         )  # fmt: skip
     except (RecipeError, RunError) as error:
         raise SystemExit(f"error: {error}") from None
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,11 +74,14 @@ def record_job(job: Job, tables: Sequence[Path]) -> None:
             put_row(table, {"p_value": "".join(earlier), **row}, list(job.recipe.methods))
 
 
+def all_scores(job: Job) -> dict[str, Any]:
+    """Return what was found of a finished job, the minutes of its training too."""
+    return {**(job.scores or {}), MINUTES: training_summary(job.run)["seconds"] / 60}
+
+
 def _scored(job: Job) -> dict[str, str]:
     """The table's metric, and what the development set says: of this metric, of the run, or its lowest loss."""
-    scores, metric = job.scores or {}, job.recipe.metric.name
-    if metric == MINUTES:
-        scores = {MINUTES: training_summary(job.run)["seconds"] / 60}
+    scores, metric = all_scores(job), job.recipe.metric.name
     if metric not in scores:
         raise ValueError(f"{job.run} has no score {metric!r}; it has {', '.join(scores)}")
     valid = [scores[name] for name in (f"valid_{metric}", "valid") if name in scores]

@@ -19,7 +19,7 @@ import torch
 
 from scripts.recipes.jobs import MODEL, OUTPUT, SCORES, Job, data_folder, needed_jobs, progress_of
 from scripts.recipes.locks import locked
-from scripts.recipes.obtained import record_job, write_significance
+from scripts.recipes.obtained import all_scores, record_job, write_significance
 from scripts.recipes.recipe import ROOT, Recipe, command_line
 
 SHOWN_EVERY = 60.0  # seconds between two reports
@@ -165,7 +165,8 @@ def _by_run(jobs: Sequence[Job]) -> list[list[Job]]:
 def _outcome(job: Job, metrics: Sequence[str]) -> str:
     if not job.scores:
         return f"the first {job.until} epochs are done"
-    return ", ".join(f"{metric} {job.scores[metric]:.4g}" for metric in metrics)
+    scores = all_scores(job)
+    return ", ".join(f"{metric} {scores[metric]:.4g}" for metric in metrics)
 
 
 class _Runs:

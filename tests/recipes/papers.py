@@ -54,6 +54,7 @@ class Table(NamedTuple):
         by_words: whether the figures of a line follow the words of the head's last line, and not its cells.
         cells: those of the line that belong to the rows.
         turned: whether the recipe's columns are the rows.
+        integers: whether figures have no digits after a point.
     """
 
     file: str
@@ -67,6 +68,7 @@ class Table(NamedTuple):
     by_words: bool = False
     cells: slice = slice(0, None)
     turned: bool = False
+    integers: bool = False
 
 
 class Row(NamedTuple):
@@ -134,11 +136,11 @@ def _read(table: Table) -> tuple[list[str], list[Row]]:
     for number, line in enumerate(lines[first:], start=first + 1):
         if number > first + 1 and (table.end in line if table.end else not line):
             break
-        rows.append(_row(number, line, table.by_words))
+        rows.append(_row(number, line, table.by_words, r"\d+" if table.integers else FIGURE))
     return head, [row for row in rows if any(row.cells)]
 
 
-def _row(number: int, line: str, by_words: bool) -> Row:
+def _row(number: int, line: str, by_words: bool, figure: str) -> Row:
     if by_words:
         radius = re.match(r".*ϵ = \S+ ", line)  # part of a row's name
         rest = re.sub(r"\([^()]*\)", "", line[radius.end() :] if radius else line)
@@ -146,7 +148,7 @@ def _row(number: int, line: str, by_words: bool) -> Row:
         label = radius[0] if radius else line.partition(figures[0])[0] if figures else line
         return Row(number, label.strip(), [[each] for each in figures])
     label, *cells = line.split("\t")
-    return Row(number, re.sub(CITATION, "", label).strip(), [re.findall(f"{FIGURE}|^-$", cell) for cell in cells])
+    return Row(number, re.sub(CITATION, "", label).strip(), [re.findall(f"{figure}|^-$", cell) for cell in cells])
 
 
 def _rows_of_line(label: str, labels: Sequence[str]) -> list[str]:

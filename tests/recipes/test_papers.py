@@ -97,6 +97,12 @@ _DELTA4 = [
     )
 ]
 
+_DELTA6 = Table(
+    "delta-sam.txt", "B Running Time", "Running time",
+    {**_names("MNLI", "QQP", "RTE", "QNLI", "MRPC", "CoLA", "STS-B"), "SST2": ("SST-2",)},
+    {"Per-instance perturbation": "Per-instance weight perturbation"}, end="RoBERTa", integers=True,
+)  # fmt: skip
+
 # -- GA-SAM: tables without cells; figures, each with its deviation, are in the order of the head's words --------------
 
 _GA1 = Table(
@@ -179,6 +185,8 @@ PLACES = {
         _DELTA2._replace(labels={"Mirror": "Mirror-RoBERTa BASE", **_NOISE}, first="Mirror-RoBERTa", end="")
     ],
     "delta_sam_table4": _DELTA4,
+    "delta_sam_table6_bert_base": [_DELTA6],
+    "delta_sam_table6_roberta_large": [_DELTA6._replace(first="RoBERTa", end="Table 6")],
     "delta_sam_table3_cnndm": [
         Table("delta-sam.txt", "### 5.3 Self-supervised STS", "Model\tRG-1", _names("RG-1", "RG-2", "RG-L"))
     ],

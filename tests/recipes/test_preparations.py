@@ -40,6 +40,22 @@ def test_text_for_pretraining(tmp_path):
     assert list(prepare.cut([list("abcde"), list("fg"), []], 2)) == [["a", "b"], ["c", "d"], ["e"], ["f", "g"]]
 
 
+def test_too_little_text_for_pretraining(tmp_path, monkeypatch):
+    """A model of less text would be another one under the same name."""
+    prepare = preparation("bart_small")
+    (tmp_path / "imdb").mkdir()
+    reviews = "".join(f"1\t9\t{number}\tA film about {number} numbers.\n" for number in range(30))
+    (tmp_path / "imdb" / "train.tsv").write_text(reviews)
+    words = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--num-held-out", "5", "--num-train", "100"]
+    monkeypatch.setattr("sys.argv", ["prepare.py", *words])
+    message = (
+        r"wants 100 documents, but imdb in --data \S+ have only 20; add aeslc and wikitext2_partial, or .*num_train=20"
+    )
+    with pytest.raises(SystemExit, match=message):
+        prepare.main()
+    assert not (tmp_path / "out").exists()
+
+
 def test_summaries(tmp_path):
     prepare = preparation("delta_sam_table3_cnndm")
     corpora.write_aeslc(tmp_path)

@@ -190,6 +190,45 @@ def test_jobs_take_turns_on_the_gpus(tmp_path, fake_commands):
     assert [row["value"] for row in rows] == ["50"] * 4 and {row["hardware"] for row in rows} == {"a GPU"}
 
 
+def test_changed_options_are_not_the_recipe_s_size(tmp_path, fake_commands, capsys):
+    """Their rows are labelled with them, and are not recorded in the recipe's folder."""
+    recipe, data = small(tmp_path, "ga_sam_table1_imdb", IMDB)
+    other = read_recipe(recipe.folder, "mini", changed={"num_train": "30", "num_words": "60"})
+    assert recipe.label == "mini" and other.label == "mini, num_train=30, num_words=60"
+    for each in (recipe, other):
+        fake_commands(each)
+        run_table([each], data=data, out=tmp_path / "out", seeds=[1])
+    rows = read_rows(tmp_path / "out" / recipe.name / "mini" / "obtained.tsv")
+    assert [row["size"] for row in rows] == 2 * [recipe.label] + 2 * [other.label]
+    with pytest.raises(RunError, match="--record writes down the recipe's own runs; leave it out, or --set num_train"):
+        run_table([other], data=data, out=tmp_path / "out", seeds=[1], record=True)
+    glue = EXAMPLES / "delta_sam_table1_bert_base"
+    assert read_recipe(glue, "paper", "RTE", {"encoder": "bert"}).label == "paper"  # the recipe has none of its own
+
+
+def test_corpora_are_looked_for_first(tmp_path, capsys):
+    """Before anything is prepared, or a model trained that the preparation needs; not for what is prepared."""
+    recipe = read_recipe("fsam_table2_conll", "mini")
+    assert recipe.needs and recipe.corpora == [["jfleg"]]
+    with pytest.raises(RunError, match=f"--data {tmp_path}/none has no folder jfleg, which fsam_table2_conll needs"):
+        run_table([recipe], data=tmp_path / "none", out=tmp_path / "out", cpu=True)
+    assert not (tmp_path / "out").exists() and not capsys.readouterr().out
+    german = read_recipe("ga_sam_table1_deen", "mini")
+    with pytest.raises(RunError, match="no folder iwslt14_deen or iwslt14_deen_partial"):
+        run_table([german], data=tmp_path / "none", out=tmp_path / "out", cpu=True)
+    task = read_recipe("delta_sam_table1_bert_base", "mini", "CoLA")
+    assert task.corpora == [["glue/CoLA", "superglue/CoLA"]]
+
+
+def test_minutes_are_a_metric(tmp_path, fake_commands, monkeypatch):
+    recipe, data = small(tmp_path, "ga_sam_table1_imdb", IMDB)
+    fake_commands(recipe)
+    monkeypatch.setattr(obtained, "training_summary", lambda run: {**training_summary(run), "seconds": 90.0})
+    run_table([replace(recipe, metric=Metric("minutes", "lower"))], data=data, out=tmp_path / "out", seeds=[1])
+    rows = read_rows(tmp_path / "out" / recipe.name / "mini" / "obtained.tsv")
+    assert {(row["metric"], row["value"]) for row in rows} == {("minutes", "1.5")}
+
+
 def test_rows_with_the_same_settings_are_one_run(tmp_path, fake_commands, capsys):
     """Columns that differ by the metric, and a method under two names."""
     methods = {**IMDB, "The same": IMDB["GA-SAM"]}
@@ -236,6 +275,8 @@ def test_a_needed_model_is_trained_first(tmp_path, capsys, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.yaml").write_text(text)
     recipes = [read_recipe(tmp_path / "table", "mini", column) for column in ("RG-1", "RG-L")]
+    for name in ("aeslc", "imdb"):
+        (tmp_path / "corpora" / name).mkdir(parents=True)
     run = partial(run_table, recipes, data=tmp_path / "corpora", out=tmp_path / "out", cpu=True)
     run(dry_run=True)
     printed = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
@@ -272,7 +313,7 @@ def test_missing_corpus_and_unknown_method(tmp_path):
         run_table([recipe], data=tmp_path, out=tmp_path / "out", methods=["SAM"], cpu=True)
     command = [sys.executable, ROOT / "scripts/run_table.py", recipe.folder, "--data", tmp_path / "none"]
     done = subprocess.run([*command, "--out", tmp_path / "out"], capture_output=True, text=True)
-    assert done.returncode == 1 and "none/imdb has neither train.tsv nor train.tsv.xz; --data must name" in done.stderr
+    assert done.returncode == 1 and "none has no folder imdb, which small_ga_sam_table1_imdb needs" in done.stderr
 
 
 def test_a_dry_run_prints_commands(tmp_path, capsys):
