@@ -27,7 +27,7 @@ What was run of the [recipes](../README.md#reproducing-the-papers) so far: means
 difference to the baseline (↑ better, ↓ worse), the p-value of a paired test (over seeds; for BLEU sacreBLEU's
 bootstrap), forward-backward passes per update, time of training. `--size mini` is far smaller than the paper, so that
 its numbers compare methods, not models: the paper's are beside them for their differences, which are those of its
-rounded means. The recipe's page says what was scaled down, for some the corpus or the pretrained model too. The recipe's
+rounded means. The recipe's page says what was scaled down, for some the corpus or the pretrained model too. Its
 `obtained.tsv` has a row for each run: its score, updates, passes and seconds, the versions and the hardware, the
 commit, and the flags that the method adds to the baseline's. All other settings are in `recipe.yaml` at that commit.
 Made by `scripts/make_table.py --readme`.
