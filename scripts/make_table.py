@@ -28,8 +28,10 @@ What was run of the [recipes](../README.md#reproducing-the-papers) so far: means
 difference to the baseline (↑ better, ↓ worse), the p-value of a paired test (over seeds; for BLEU sacreBLEU's
 bootstrap), forward-backward passes per update, time of training. `--size mini` is far smaller than the paper, so that
 its numbers compare methods, not models: the paper's are beside them for their differences, which are those of its
-rounded means. The recipe's page says what was scaled down, for some the corpus or the pretrained model too. Each run's
-settings, versions and hardware are in the recipe's `obtained.tsv`. Made by `scripts/make_table.py --readme`.
+rounded means. The recipe's page says what was scaled down, for some the corpus or the pretrained model too. Its
+`obtained.tsv` has a row for each run: its score, updates, passes and seconds, the versions and the hardware, the
+commit, and the flags that the method adds to the baseline's. All other settings are in `recipe.yaml` at that commit.
+Made by `scripts/make_table.py --readme`.
 """
 TITLES = {"markdown": "{}\n\n", "latex": "% {}\n", "tsv": "# {}\n"}
 BEGIN, END = "<!-- table: made by scripts/make_table.py --readme -->", "<!-- end of table -->"

@@ -48,6 +48,18 @@ def test_links_point_to_files():
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
 
 
+def test_corpora_of_the_recipes_are_explained():
+    """Each folder that a recipe's page names is a row of examples/README.md, which the page links to."""
+    examples = ROOT / "examples"
+    rows = set(re.findall(r"^\| `(\w+)` \|", (examples / "README.md").read_text(), re.M))
+    for recipe in examples.glob("*/recipe.yaml"):
+        page = recipe.with_name("README.md").read_text()
+        named = " ".join(re.findall(r"FOLDER holds ([^;:\n]*)", page))
+        corpora = set(re.findall(r"\w+", named)) - {"and", "or", "some", "of", "them", "the", "text", "bart_small"}
+        assert "](../README.md#corpora)" in page, recipe.parent.name
+        assert corpora and corpora <= rows, recipe.parent.name
+
+
 def test_every_flag_is_documented():
     pytest.importorskip("fairseq", reason="the flags are declared at fairseq's edge")
     from fairseq_sam.adapter.optimizers import SAM_FLAGS, base_names

@@ -46,6 +46,7 @@ def convert_encoder(source: str | Path, output: str | Path, *, keep_pooler: bool
     one segment embedding added to those of the positions. BERT becomes ``bert``, and so does a RoBERTa whose layer
     norms have another epsilon than fairseq's 1e-5. The checkpoint's task is ``masked_lm``, and fairseq's interface of
     RoBERTa reads the folder: ``BertModel.from_pretrained(folder)``, with ``tokenizer_file=…`` where it was moved.
+    Its ``encode(A, B)`` is ``<s> A </s> B </s>`` for ``bert``, ``<s> A </s> </s> B </s>`` for ``roberta``.
 
     Args:
         source: folder of the model, or ``package:NAME`` for the one in an installed Python package.

