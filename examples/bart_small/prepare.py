@@ -7,7 +7,6 @@ without unknown words), plain or .xz. Documents are cut into pieces of at most `
 """
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.recipes.sequences import MODEL, subwords_of, train_sentencepiece
-from scripts.recipes.text import CorpusError, binarise, read_lines
+from scripts.recipes.text import CorpusError, binarise, read_lines, read_objects
 
 SPLIT_SEED = 1
 JOINED = re.compile(r" @([-.,])@ ")  # how WikiText writes what stands inside of a word or number
@@ -25,7 +24,7 @@ JOINED = re.compile(r" @([-.,])@ ")  # how WikiText writes what stands inside of
 
 def emails(folder: Path) -> list[str]:
     """Bodies of the training part."""
-    return [json.loads(line)["body"] for line in read_lines(folder, "train.jsonl")]
+    return [each["body"] for each in read_objects(folder, "train.jsonl", ("body",))]
 
 
 def reviews(folder: Path) -> list[str]:

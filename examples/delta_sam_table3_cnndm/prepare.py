@@ -9,7 +9,6 @@ Reads below ``--data`` one of (plain or .xz)
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.recipes.samples import sample
 from scripts.recipes.sequences import Pairs, link_model, prepare_pairs, read_sides
-from scripts.recipes.text import read_lines
+from scripts.recipes.text import read_objects
 
 FILES = {"train": "train", "valid": "val", "test": "test"}
 EMAILS = {"train": "train.jsonl", "valid": "dev.jsonl", "test": "test.jsonl"}
@@ -25,8 +24,7 @@ EMAILS = {"train": "train.jsonl", "valid": "dev.jsonl", "test": "test.jsonl"}
 
 def read_emails(folder: Path, name: str) -> list[tuple[str, str]]:
     """Bodies and subject lines; e-mails that lack one of them are left out."""
-    records = [json.loads(line) for line in read_lines(folder, name)]
-    pairs = ((record["body"], record["subject"]) for record in records)
+    pairs = ((each["body"], each["subject"]) for each in read_objects(folder, name, ("body", "subject")))
     return [pair for pair in pairs if all(side.strip() for side in pair)]
 
 

@@ -25,7 +25,9 @@ SUFFIXES = {"valid": "", "valid1": "-mm"}  # MNLI's second validation file is mi
 
 def read_task(task: GlueTask, data: Path, held_out: int, seed: int) -> dict[str, list[Instance]]:
     """A task's instances by split; without a training file, those of the validation file that are not held out."""
-    folder = next((data / name for name in FOLDERS if (data / name / task.name).is_dir()), None)
+    there = [data / name for name in FOLDERS if (data / name / task.name).is_dir()]
+    # SuperGLUE's archive brings an RTE in a format of its own; GLUE's is the same task.
+    folder = next((place for place in there if find_file(task, place, "valid")), there[0] if there else None)
     if folder is None:
         raise ValueError(f"neither {' nor '.join(FOLDERS)} in --data {data} has a folder {task.name}")
     splits = [split for split in task.files if split != "test"]

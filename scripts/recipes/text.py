@@ -1,5 +1,6 @@
 """Reading corpora, counting words, binarising for fairseq."""
 
+import json
 import lzma
 import subprocess
 import sys
@@ -39,6 +40,33 @@ def read_lines(folder: Path, name: str) -> list[str]:
     opened = lzma.open(path, "rt", encoding="utf-8", newline="\n") if path.suffix == ".xz" else None
     with opened or path.open(encoding="utf-8", newline="\n") as file:
         return file.read().removesuffix("\n").split("\n")
+
+
+def read_objects(folder: Path, name: str, keys: Sequence[str]) -> list[dict[str, str]]:
+    """Objects of a file with a JSON object on each line, plain or ``.xz``.
+
+    Args:
+        folder: of the corpus.
+        name: the file.
+        keys: what each object must have, as text.
+
+    Raises:
+        CorpusError: if there is no such file, or a line is not such an object.
+    """
+    found = []
+    for number, line in enumerate(read_lines(folder, name), 1):
+        try:
+            record = json.loads(line)
+            fits = isinstance(record, dict) and all(isinstance(record.get(key), str) for key in keys)
+        except json.JSONDecodeError:
+            fits = False
+        if not fits:
+            raise CorpusError(
+                f"{find_file(folder, name)}, line {number}: expected an object with texts named {' and '.join(keys)}, "
+                f"got {line[:60]!r}"
+            )
+        found.append(record)
+    return found
 
 
 def write_dictionary(path: Path, sentences: Iterable[Sequence[str]], num_words: int) -> None:

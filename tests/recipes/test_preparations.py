@@ -68,6 +68,15 @@ def test_summaries(tmp_path):
     assert len(prepare.read_sides(tmp_path / "xsum", "val")) == 11
 
 
+@pytest.mark.parametrize("line", ['{"subject": "A"}', '["body", "subject"]', '{"body": 1, "subject": "A"}', "{"])
+def test_damaged_emails(tmp_path, line):
+    whole = '{"body": "A long text", "subject": "Short"}'
+    (tmp_path / "train.jsonl").write_text(f"{whole}\n{line}\n", encoding="utf-8")
+    message = r"train\.jsonl, line 2: expected an object with texts named body and subject, got "
+    with pytest.raises(CorpusError, match=message):
+        preparation("delta_sam_table3_cnndm").read_emails(tmp_path, "train.jsonl")
+
+
 def test_corrections_of_jfleg(tmp_path):
     prepare = preparation("fsam_table2_conll")
     corpora.write_jfleg(tmp_path)
@@ -116,6 +125,11 @@ def test_a_task_without_a_training_file(tmp_path):
     assert sorted(divided["train"] + divided["valid"]) == sorted(both["valid"])
     with pytest.raises(ValueError, match=r"has no train\.jsonl"):
         prepare.read_task(task, tmp_path, 0, 1)
+    (tmp_path / "superglue" / "RTE").mkdir()  # as SuperGLUE's archive has it
+    (tmp_path / "superglue" / "RTE" / "val.jsonl").write_text("{}\n")
+    glue_files.write_task(tmp_path / "glue", "RTE", num_train=9, num_valid=5)
+    rte = prepare.read_task(glue.TASKS["RTE"], tmp_path, 0, 1)
+    assert {split: len(found) for split, found in rte.items()} == {"train": 9, "valid": 5}
     glue_files.write_task(tmp_path / "glue", "MNLI")
     assert list(prepare.read_task(glue.TASKS["MNLI"], tmp_path, 0, 1)) == ["train", "valid", "valid1"]
 
