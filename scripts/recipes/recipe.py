@@ -311,6 +311,8 @@ def _content(place: Path) -> dict[str, Any]:
             size["needs"] = {name: place / folder for name, folder in size["needs"].items()}
     if "extends" in content:
         base = _content(_found(place / content.pop("extends")))
+        if "prepare" in content:
+            base.pop("corpora", None)  # it reads its own
         sources = {**_sources_of_same_paper(base, content), **(content.get("sources") or {})}
         sizes = _merged(base["sizes"], content.get("sizes") or {}, {"methods", "columns"} - set(content))
         content = {**base, **content, "sizes": sizes, "sources": sources}

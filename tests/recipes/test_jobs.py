@@ -37,7 +37,7 @@ args = parser.parse_args()
 def recipe(tmp_path):
     (tmp_path / "prepare.py").write_text(PREPARE)
     whole = read_recipe("ga_sam_table1_imdb", "mini")
-    return replace(whole, prepare=tmp_path / "prepare.py", options={"words": "few"})
+    return replace(whole, prepare=tmp_path / "prepare.py", options={"words": "few"}, corpora=())
 
 
 def test_prepared_data_stay_with_their_corpora(recipe, tmp_path, monkeypatch):
