@@ -75,8 +75,10 @@ def search(memory: Memory, probe: Probe, settings: dict[str, Any]) -> int:
     radius = _radius_of(memory, counted, settings["rise"])
     memory.radii = (*memory.radii, radius)
     logger.info("--sam-epsilon auto: %.3g in update %d of %d that it measures", radius, len(memory.radii), UPDATES)
+    if 2 * (len(memory.radii) - len(_numbers(memory.radii))) > UPDATES:  # whatever the others will find
+        raise _nothing_found(memory.radii, settings)
     if len(memory.radii) == UPDATES:
-        memory.epsilon = _median(memory.radii, settings["rise"])
+        memory.epsilon = math.exp(statistics.median(map(math.log, _numbers(memory.radii))))  # the middle two's mean
         _report(memory, counted)
     return number
 
@@ -93,6 +95,12 @@ def _radius_of(memory: Memory, probe: Probe, rise: float) -> float:
     except ValueError as error:  # of a loss that is not finite or not above 0
         logger.warning("--sam-epsilon auto: nothing is measured in this update: %s", error)
         return math.nan
+    if found.epsilon is None:
+        first, last = found.curve[0], found.curve[-1]
+        logger.warning(
+            "--sam-epsilon auto: no radius in this update: the loss rises by %.2g of it at %.3g and by %.2g at %.3g",
+            first.relative, first.epsilon, last.relative, last.epsilon,
+        )  # fmt: skip
     return found.epsilon or math.nan
 
 
@@ -117,13 +125,10 @@ def _numbers(radii: tuple[float, ...]) -> list[float]:
     return [radius for radius in radii if not math.isnan(radius)]
 
 
-def _median(radii: tuple[float, ...], rise: float) -> float:
-    """Median of what was found, the geometric mean of the two middle ones."""
-    found = _numbers(radii)
-    if 2 * len(found) < len(radii):
-        raise ConfigurationError(
-            f"--sam-epsilon auto found a radius from {LEAST:g} to {MOST:g} at which the loss rises by {rise:g} of it "
-            f"(--sam-rise) in only {len(found)} of {len(radii)} updates; give another --sam-rise, a later "
-            "--sam-start-epoch, or a number for --sam-epsilon"
-        )
-    return math.exp(statistics.median(map(math.log, found)))
+def _nothing_found(radii: tuple[float, ...], settings: dict[str, Any]) -> ConfigurationError:
+    short = "a larger --sam-step-size (it moves the weights no further), " * (settings.get("step_rule") == "gradient")
+    return ConfigurationError(
+        f"--sam-epsilon auto found a radius from {LEAST:g} to {MOST:g} at which the loss rises by {settings['rise']:g} "
+        f"of it (--sam-rise) in only {len(_numbers(radii))} of {len(radii)} updates; give another --sam-rise, {short}a "
+        "later --sam-start-epoch, or a number for --sam-epsilon"
+    )

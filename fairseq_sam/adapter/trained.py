@@ -278,7 +278,11 @@ def _loaded(path: str | Path, overrides: dict[str, Any]) -> tuple[list[Any], Any
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        where = f"those in {overrides['data']} (--data)" if "data" in overrides else "those that it names"
+        where = (
+            f"those in {overrides['data']} (--data)"
+            if "data" in overrides
+            else "those that it names; --data names others"
+        )
         raise UserError(
             f"{path} and its data do not fit together, or are of a model that is not known here: {_line(error)}. "
             f"The data are {where}; they must be those of the task that the model was trained on, with its dictionaries"

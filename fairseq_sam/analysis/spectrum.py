@@ -13,6 +13,7 @@ from fairseq_sam.analysis.memory import check_memory
 from fairseq_sam.analysis.objective import LossSum, Objective
 
 TOP = 50  # GA-SAM Fig. 3
+CONVERGED = 0.01
 MOST_NUMBERS = 2**28
 WORKING_VECTORS = 6  # at the same time, in a step of Lanczos and a Hessian product
 
@@ -29,6 +30,15 @@ class Eigenvalues:
 
     values: Tensor  # (k,)
     residuals: Tensor  # (k,)
+
+    @property
+    def converged(self) -> Tensor:
+        """Whether each residual is at most 1 % of its eigenvalue, ``(k,)``.
+
+        The residual bounds the distance to the nearest eigenvalue: one that has not converged may be that of another
+        rank, and far from its own.
+        """
+        return self.residuals <= CONVERGED * self.values.abs()
 
 
 @dataclass(frozen=True)
@@ -68,18 +78,18 @@ def hessian_eigenvalues(
         objective: L, with weights and data.
         k: how many, from 1 to the number of weights.
         steps: of Lanczos, each a Hessian product (two passes' cost) and a vector of the weights' size in memory;
-            default ``2 k + 20``, or the number of weights if that is less. More make the small ones of the k exact.
+            default ``6 k + 20``, or the number of weights if that is less. The smallest of the k converge last.
         seed: of the first vector.
         progress: called after each step.
 
     Returns:
-        The eigenvalues, with their residuals.
+        The eigenvalues, with their residuals; see ``Eigenvalues.converged``.
 
     Raises:
         ValueError: if k or `steps` is out of range, there is too little memory or no data.
     """
     _check("k (--top)", k, 1, objective.size)
-    number = min(2 * k + 20, objective.size) if steps is None else steps
+    number = min(6 * k + 20, objective.size) if steps is None else steps
     _check("steps (--steps)", number, k, objective.size)
     check_lanczos(objective, number, k)
     found = lanczos(

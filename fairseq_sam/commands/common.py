@@ -5,13 +5,14 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 import re
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"fairseq-sam {command}", description=" ".join(description.split()), allow_abbrev=False)
-        self.set_defaults(command=command)
+        self.set_defaults(command=command, started=datetime.now().isoformat())
         # Before Python 3.14 argparse takes -1e-3 for a flag.
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
@@ -186,7 +187,7 @@ def trained_models(
 ) -> Iterator[tuple[str, Any, list[Any]]]:
     """Load the models of a command one after the other; random numbers are for each those of ``--seed``.
 
-    When the next one is asked for, the settings of those before are written beside their tables.
+    The settings are written beside the tables before a model is measured, and after it that it is finished.
 
     Args:
         args: of ``parser``.
@@ -207,11 +208,14 @@ def trained_models(
         trained = Trained(path, args.data, cpu=args.cpu, **options)
         batches = (chosen or batches_of)(args, trained)
         check_loss(name, trained, batches)
-        yield name, trained, batches
         measured.append({
-            "name": name, "checkpoint": path.resolve(), "weights": digest_of_files(path), "data": trained.data,
-            "batches": len(batches), "batches digest": digest_of_data(batches),
+            "name": name, "checkpoint": path.resolve(), "weights": digest_of_files(path),
+            "data": os.path.abspath(trained.data), "batches": len(batches), "batches digest": digest_of_data(batches),
+            "finished": False,
         })  # fmt: skip
+        write_settings(args, measured)
+        yield name, trained, batches
+        measured[-1]["finished"] = True
         write_settings(args, measured)
 
 

@@ -5,6 +5,8 @@ its own. Prints the flags.
 """
 
 import argparse
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--per-decade", type=common.integer(1), default=PER_DECADE, help="ε in a decade of the grid")
     parser.add_argument("--fresh", action="store_true", help="of models with new weights (--seed), as before training")
     args = parser.parse_args(arguments)
+    if args.update_freq is not None and args.scope != "update":
+        parser.error(f"--update-freq is only used with --scope update, got {args.update_freq}")
     method = Method.from_preset(args.method, **{axis: getattr(args, axis) for axis in AXES})
     rows: list[dict[str, Any]] = []
     suggestions: dict[str, Suggestion] = {}
@@ -63,13 +67,14 @@ def main(arguments: Sequence[str]) -> None:
             )  # fmt: skip
         rows += [
             {
-                "model": name, "method": args.method, "epsilon": rise.epsilon, "loss": rise.loss,
+                "model": name, "method": args.method, **shown_axes(method), "epsilon": rise.epsilon, "loss": rise.loss,
                 "perturbed loss": rise.perturbed_loss, "relative rise": rise.relative,
             }
             for rise in suggestions[name].curve
         ]  # fmt: skip
         write_rows(args.out / "epsilon.tsv", rows)
-    plot(suggestions, args.out / "epsilon.png", args.method)
+    own = ", ".join(f"{axis} {value}" for axis, value in shown_axes(method).items())
+    plot(suggestions, args.out / "epsilon.png", f"{args.method}: {own}")
     common.written(args.out / "epsilon.tsv", args.out / "epsilon.png")
     for name, suggestion in suggestions.items():
         print(f"{name}: {advice(suggestion, args)}")
@@ -92,16 +97,24 @@ def advice(suggestion: Suggestion, args: argparse.Namespace) -> str:
     for axis in AXES:
         if getattr(args, axis) is not None:
             words += [f"--sam-{axis}", str(getattr(args, axis))]
+    if args.update_freq is not None:
+        words += ["--update-freq", str(args.update_freq)]  # that of the training is not repeated
     return f"{' '.join(words)}   (the loss rises by {suggestion.found.relative:.3g} of it)"
 
 
-def plot(suggestions: dict[str, Suggestion], path: Path, method: str) -> None:
+def shown_axes(method: Method) -> dict[str, Any]:
+    """Return the axes that the command sets, as the table and the plot have them."""
+    norm = {2.0: "l2", math.inf: "linf"}.get(method.norm, method.norm)
+    return {axis: getattr(method, axis) for axis in AXES} | {"norm": norm}
+
+
+def plot(suggestions: dict[str, Suggestion], path: Path, title: str) -> None:
     """Draw the relative rise against ε, a curve for each model, with the suggested ε.
 
     Args:
         suggestions: by model.
         path: the file.
-        method: name of the preset.
+        title: the method, with its axes.
     """
     made, (axes,) = figure(width=5.6, height=4.2)
     curves = {}
@@ -109,7 +122,7 @@ def plot(suggestions: dict[str, Suggestion], path: Path, method: str) -> None:
         shown = [rise for rise in suggestion.curve if 0 < rise.relative < float("inf")]
         label = name if suggestion.epsilon is None else f"{name}: ε = {suggestion.epsilon:.2g}"
         curves[label] = [rise.epsilon for rise in shown], [rise.relative for rise in shown]
-    draw_curves(axes, curves, x="radius ε", y="rise of the loss / loss", title=method)
+    draw_curves(axes, curves, x="radius ε", y="rise of the loss / loss", title="\n".join(textwrap.wrap(title, 60)))
     axes.set_xscale("log")
     axes.set_yscale("log")
     for number, suggestion in enumerate(suggestions.values()):

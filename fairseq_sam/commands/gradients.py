@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
             ]
     write_rows(args.out / "gradients.tsv", rows)
     logged = [
-        {"name": name, "log": log.resolve(), "digest": digest_of_files(log)}
+        {"name": name, "log": log.resolve(), "digest": digest_of_files(log), "finished": True}
         for name, log in zip(names, logs, strict=True)
     ]
     write_settings(args, logged)

@@ -43,10 +43,10 @@ def main(arguments: Sequence[str]) -> None:
     places = [(x,) for x in axis] if kind == "line" else [(x, y) for x in axis for y in axis]
     table = args.out / f"{kind}.tsv"
     earlier, rows = rows_of(table), []
+    others = list(earlier)  # of other settings, models and places; they stay
 
     def write() -> None:
-        begun = {row["model"] for row in rows}
-        write_rows(table, [*rows, *(row for row in earlier if row["model"] not in begun)])
+        write_rows(table, [*rows, *others])
 
     wanted = set(map(shown, places))
     for name, trained, batches in common.trained_models(args):
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str]) -> None:
             directions = [line(name, trained, objective, args.before)] if args.before else plane(objective, args.seed)
         settings = settings_of(args, name, trained, batches)
         kept = [row for row in earlier if settings.items() <= row.items() and place_of(row) in wanted]
+        others = [row for row in others if row not in kept]
         rows += kept
         known = set(map(place_of, kept))
         left = [place for place in places if shown(place) not in known]
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
                 rows.append({**settings, **place, "loss": point.loss})
                 added()
                 progress(done, len(places))
-    write_rows(table, rows)
+    write()
     image = table.with_suffix(".png")
     (plot_line if kind == "line" else plot_surface)(rows, image)
     common.written(table, image)

@@ -76,7 +76,7 @@ def row_of(name: str, corrupted: Corrupted) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw each score against the radius, a row of panels for each norm, a curve for each model that has the score.
+    """Draw each score against the radius, a row of panels for each score, a curve for each model that has it.
 
     Args:
         rows: of the table.
@@ -84,8 +84,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """
     norms = list(dict.fromkeys(row["norm"] for row in rows if row["norm"]))
     shown = [score for score in SCORES if any(score in row for row in rows)]
-    made, axes = figure(len(norms) * len(shown), len(shown))
-    for place, (norm, score) in enumerate((norm, score) for norm in norms for score in shown):
+    made, axes = figure(len(norms) * len(shown), len(norms))
+    for place, (norm, score) in enumerate((norm, score) for score in shown for norm in norms):
         curves = {}
         for name in dict.fromkeys(row["model"] for row in rows):
             own = [row for row in rows if row["model"] == name and row["norm"] in ("", norm) and score in row]

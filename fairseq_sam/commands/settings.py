@@ -11,24 +11,35 @@ import torch
 
 from fairseq_sam._version import __version__
 
-NO_SETTINGS = ("command", "checkpoints", "runs", "names", "out")  # of the flags
+NO_SETTINGS = ("command", "started", "checkpoints", "runs", "names", "out")  # of the flags
 
 
 def write_settings(args: argparse.Namespace, measured: Sequence[Mapping[str, Any]]) -> Path:
-    """Write what a command's tables were made with beside them: ``COMMAND.json``.
+    """Write what a command's tables were made with beside them: ``COMMAND.json``, with its runs, the last one last.
 
     Args:
-        args: of ``Parser``.
-        measured: each model's or run's name, files and digests.
+        args: of ``Parser``; the same for all calls of one run, which take each other's place.
+        measured: each model's or run's name, files and digests, and whether its numbers are all there.
 
     Returns:
         The file.
     """
     path: Path = args.out / f"{args.command}.json"
     flags = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
-    whole = {"command": args.command, "fairseq_sam": __version__, "flags": flags, "measured": measured}
+    own = {"started": args.started, "fairseq_sam": __version__, "flags": flags, "measured": measured}
+    runs = [run for run in _runs(path) if run.get("started") != args.started]
+    whole = {"command": args.command, "runs": [*runs, own]}
     path.write_text(json.dumps(whole, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     return path
+
+
+def _runs(path: Path) -> list[dict[str, Any]]:
+    """The runs that a file tells of; none of a damaged one."""
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
 
 
 def digest_of_files(*paths: Path) -> str:

@@ -5,6 +5,7 @@ With them the Hessian's trace and the density of its eigenvalues.
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--steps",
         type=common.integer(1),
-        help="of Lanczos, each keeps a vector of the weights' size; default 2 --top + 20",
+        help="of Lanczos, each keeps a vector of the weights' size; default 6 --top + 20",
     )
     parser.add_argument(
         "--instances",
@@ -77,6 +78,7 @@ def measured(
     if "hessian" in args.parts:
         progress = common.Progress(f"Hessian of {name}")
         found = hessian_eigenvalues(objective, args.top, steps=args.steps, seed=args.seed, progress=progress)
+        warn_of_others(name, found)
         yield "eigenvalues", eigenvalue_rows(name, "hessian", found)
     if "fisher" in args.parts:
         single = common.batches_of(args, trained, batch_size=1, number=args.instances)
@@ -99,11 +101,25 @@ def measured(
 
 def eigenvalue_rows(name: str, matrix: str, found: Any) -> list[dict[str, Any]]:
     """Return rows of the table of eigenvalues."""
-    pairs = zip(found.values.tolist(), found.residuals.tolist(), strict=True)
+    triples = zip(found.values.tolist(), found.residuals.tolist(), found.converged.tolist(), strict=True)
     return [
-        {"model": name, "matrix": matrix, "rank": rank, "eigenvalue": value, "residual": residual}
-        for rank, (value, residual) in enumerate(pairs, 1)
-    ]
+        {
+            "model": name, "matrix": matrix, "rank": rank, "eigenvalue": value, "residual": residual,
+            "converged": "yes" if converged else "no",
+        }
+        for rank, (value, residual, converged) in enumerate(triples, 1)
+    ]  # fmt: skip
+
+
+def warn_of_others(name: str, found: Eigenvalues) -> None:
+    """Say how many eigenvalues Lanczos has not brought near enough."""
+    number = int((~found.converged).sum())
+    if number:
+        print(
+            f"{name}: {number} of {len(found.values)} eigenvalues of the Hessian have not converged (hollow in the "
+            "plot, column `converged`); they may be far too small: raise --steps",
+            file=sys.stderr,
+        )
 
 
 def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -115,7 +131,7 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """
     matrices = list(dict.fromkeys(row["matrix"] for row in tables["eigenvalues"]))
     traces = {row["model"]: f"{row['trace']:.3g} ± {row['standard error']:.2g}" for row in tables["trace"]}
-    made, axes = figure(len(matrices) + bool(tables["density"]) or 1)
+    made, axes = figure(len(matrices) + bool(tables["density"]) or 1, 2)
     for place, matrix in enumerate(matrices):
         own = [row for row in tables["eigenvalues"] if row["matrix"] == matrix]
         curves = by_model(own, "rank", "eigenvalue")
@@ -123,6 +139,9 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
             curves = with_traces(curves, traces)
         title = {"hessian": "Hessian", "fisher": "Fisher information"}[matrix]
         draw_curves(axes[place], curves, x="rank", y=f"eigenvalue\n(loss in {BITS})", title=title)
+        others = [row for row in own if row["converged"] == "no"]
+        xs, ys = ([row[key] for row in others] for key in ("rank", "eigenvalue"))
+        axes[place].plot(xs, ys, "o", markersize=5, markerfacecolor="white", markeredgecolor="black")
         set_whole_numbers(axes[place])
     if tables["density"]:
         curves = by_model(tables["density"], "eigenvalue", "density")

@@ -211,8 +211,9 @@ def test_line(checkpoints, tmp_path):
     again = rows_of(tmp_path / "line.tsv")
     assert again[1]["loss"] == "123.456" and [row["loss"] for row in again[2:]] == [row["loss"] for row in rows[2:]]
     assert main(["landscape", checkpoints[0], "--before", checkpoints[1], "--points", "5", "--out", str(tmp_path)]) == 0
-    other = rows_of(tmp_path / "line.tsv")
-    assert len(other) == 5 and "123.456" not in [row["loss"] for row in other]
+    both = rows_of(tmp_path / "line.tsv")
+    assert [row["model"] for row in both] == 5 * ["adam"] + 5 * ["ga_sam"] and both[5:] == again  # which stay
+    assert "123.456" not in [row["loss"] for row in both[:5]]
 
 
 def test_surface(checkpoints, tmp_path):
@@ -243,8 +244,10 @@ def test_gradients(trained, tmp_path):
 def test_settings_are_beside_the_tables(checkpoints, trained, translation_data, tmp_path):
     words = ["--num-batches", "2", "--max-tokens", "150", "--seed", "7", "--out", str(tmp_path)]
     assert main(["sharpness", *checkpoints, "--radii", "0.1", "--kinds", "ascent", *words]) == 0
-    found = json.loads((tmp_path / "sharpness.json").read_text())
-    assert (found["command"], found["fairseq_sam"]) == ("sharpness", fairseq_sam.__version__)
+    whole = json.loads((tmp_path / "sharpness.json").read_text())
+    (found,) = whole["runs"]
+    assert (whole["command"], found["fairseq_sam"]) == ("sharpness", fairseq_sam.__version__)
+    assert all(model["finished"] for model in found["measured"])
     expected = {"subset": "valid", "num_batches": 2, "max_tokens": 150, "seed": 7, "radii": [0.1], "norm": "l2"}
     assert expected.items() <= found["flags"].items()
     for path, model in zip(checkpoints, found["measured"], strict=True):
@@ -252,10 +255,12 @@ def test_settings_are_beside_the_tables(checkpoints, trained, translation_data, 
         assert model["weights"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
     assert len({model["batches digest"] for model in found["measured"]}) == 1
     assert main(["sharpness", checkpoints[0], "--radii", "0.1", "--kinds", "ascent", *words, "--seed", "8"]) == 0
-    (other,) = json.loads((tmp_path / "sharpness.json").read_text())["measured"]
+    first, last = json.loads((tmp_path / "sharpness.json").read_text())["runs"]
+    (other,) = last["measured"]
+    assert first == found and last["flags"]["seed"] == 8
     assert other["batches digest"] != found["measured"][0]["batches digest"]
     assert main(["gradients", str(trained / "adam"), "--out", str(tmp_path)]) == 0
-    (log,) = json.loads((tmp_path / "gradients.json").read_text())["measured"]
+    (log,) = json.loads((tmp_path / "gradients.json").read_text())["runs"][0]["measured"]
     assert log["log"] == str(trained / "adam" / "gradients.jsonl") and log["name"] == "adam"
 
 

@@ -149,7 +149,7 @@ def test_spectra_that_do_not_fit_into_memory(checkpoints, tmp_path, capsys, monk
     words = ["spectrum", checkpoints[0], "--out", str(tmp_path), "--names", "Adam"]
     for more, steps in (
         (["--top", "2", "--steps", "5", "--density-steps", "70"], 70),
-        (["--top", "50", "--parts", "hessian"], 120),
+        (["--top", "10", "--parts", "hessian"], 80),
     ):
         error = error_of([*words, *more], capsys)
         assert (

@@ -24,12 +24,15 @@ def test_epsilon(checkpoints, tmp_path, capsys, method, scope, per_update):
     from fairseq_sam.adapter.trained import Trained
 
     words = ["--method", method, "--norm", "linf", "--fraction", "0.2", "--num-batches", "2", "--max-tokens", "200"]
-    words += ["--scope", scope, "--update-freq", "2", "--out", str(tmp_path)]
+    words += ["--scope", scope, *(["--update-freq", "2"] if scope == "update" else []), "--out", str(tmp_path)]
     assert main(["epsilon", checkpoints[1], *words]) == 0
-    advice = rf"ga_sam: --optimizer {method} --sam-epsilon (\S+) --sam-norm linf --sam-scope {scope} +\(.* by (\S+) of"
+    end = r"(?: --update-freq 2)? +\(.* by (\S+) of"
+    advice = rf"ga_sam: --optimizer {method} --sam-epsilon (\S+) --sam-norm linf --sam-scope {scope}{end}"
     shown = re.search(advice, capsys.readouterr().out)
     rows = rows_of(tmp_path / "epsilon.tsv")
     assert column(rows, "epsilon") == sorted(column(rows, "epsilon"))
+    assert {(row["norm"], row["scope"]) for row in rows} == {("linf", scope)}
+    assert ("--update-freq 2" in shown[0]) == (scope == "update")
     torch.manual_seed(1)
     trained = Trained(checkpoints[1], cpu=True)
     batches = trained.batches("train", max_tokens=200, number=2 * per_update)

@@ -90,13 +90,15 @@ def test_rows_of_other_data_are_not_kept(checkpoints, translation_data, tmp_path
         table.write_text(table.read_text().replace(rows[1]["loss"], "123.456"))
         assert main([*words, *more]) == 0
         assert (rows_of(table)[1]["loss"] == "123.456") == is_kept, more
+        assert len(rows_of(table)) == (3 if is_kept else 6), "rows of other settings stay behind those of these"
         table.unlink()
     assert main([*words, "--data", str(data)]) == 0
     before = column(rows_of(table), "loss")
     for file in data.glob("test.*"):
         file.replace(data / file.name.replace("test", "valid"))
     assert main([*words, "--data", str(data)]) == 0
-    after = column(rows_of(table), "loss")
+    after = column(rows_of(table)[:3], "loss")
+    assert column(rows_of(table)[3:], "loss") == before
     assert all(first != second for first, second in zip(before, after, strict=True))
 
 

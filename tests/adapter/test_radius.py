@@ -126,10 +126,11 @@ def test_a_ball_that_the_radius_of_the_preset_is_a_part_of():
 
 
 SETTINGS = settings_of(PRESETS["sam"], 0.1)
+STEPS = settings_of(PRESETS["model_perturbation"], 0.1)
 
 
-def test_updates_that_find_nothing(monkeypatch):
-    """Half of them may; where more find no radius the run ends and says what to change."""
+def test_updates_that_find_nothing(monkeypatch, caplog):
+    """Half of them may; where more find no radius the run ends at once and says what to change."""
     monkeypatch.setattr(radius, "UPDATES", 4)
     memory = Memory()
     search(memory, lambda epsilon: (math.nan, 1.0), SETTINGS)
@@ -138,11 +139,18 @@ def test_updates_that_find_nothing(monkeypatch):
     for _ in range(2):
         search(memory, lambda epsilon: (1.0, 1.0 + epsilon), SETTINGS)
     assert memory.epsilon == pytest.approx(0.1)
-    lost = Memory()
-    search(lost, lambda epsilon: (1.0, 1.0 + epsilon), SETTINGS)
-    with pytest.raises(ConfigurationError, match=r"from 1e-07 to 100 .* rises by 0.1 .* only 1 of 4 .*--sam-rise"):
-        for _ in range(3):
-            search(lost, lambda epsilon: (1.0, 1.0), SETTINGS)
+    for settings, words in ((SETTINGS, r"--sam-rise, a later"), (STEPS, r"--sam-rise, a larger --sam-step-size")):
+        lost = Memory()
+        search(lost, lambda epsilon: (1.0, 1.0 + epsilon), settings)
+        with pytest.raises(ConfigurationError, match=rf"from 1e-07 to 100 .* rises by 0.1 .* only 1 of 4 .*{words}"):
+            for _ in range(3):
+                search(lost, lambda epsilon: (1.0, 1.0), settings)
+        assert len(lost.radii) == 4
+    early = Memory()
+    with pytest.raises(ConfigurationError, match="only 0 of 3"):
+        for _ in range(4):
+            search(early, lambda epsilon: (1.0, 1.0), SETTINGS)
+    assert "the loss rises by 0 of it at 1e-07 and by 0 at 100" in caplog.text
 
 
 def test_the_median_counts(monkeypatch, caplog):

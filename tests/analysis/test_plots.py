@@ -81,7 +81,8 @@ def spectrum_of(models, *, eigenvalues=True, density=True):
     return {
         "trace": [{"model": name, "trace": 12.345, "standard error": 0.678} for name in models],
         "eigenvalues": [
-            {"model": name, "matrix": "hessian", "rank": rank, "eigenvalue": 1 / rank}
+            {"model": name, "matrix": "hessian", "rank": rank, "eigenvalue": 1 / rank,
+             "converged": "no" if rank > 2 else "yes"}
             for name in models for rank in ranks if eigenvalues
         ],
         "density": [

@@ -165,3 +165,13 @@ def test_free_memory(monkeypatch, tmp_path):
 def test_bad_numbers(call, words):
     with pytest.raises(ValueError, match=words):
         call(network_objective())
+
+
+def test_what_has_not_converged_is_told():
+    """With few steps the values at the end are others than those of their rank; none that converged is."""
+    objective = network_objective()
+    exact = hessian_eigenvalues(objective, 12, steps=objective.size)
+    assert exact.converged.all()
+    few = hessian_eigenvalues(objective, 12, steps=14)
+    wrong = (few.values - exact.values).abs() > 0.01 * exact.values.abs()
+    assert wrong.any() and not few.converged.all() and not (wrong & few.converged).any()
