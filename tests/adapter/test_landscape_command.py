@@ -29,6 +29,7 @@ def in_a_child(words):
         return child
     status, loss = 70, Objective.loss
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever handler an earlier test has left
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
     try:
         Objective.loss = lambda self: time.sleep(0.01) or loss(self)
         with runs.quiet():
