@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fairseq_sam.analysis import theory
 from fairseq_sam.analysis.mnist import read_mnist
-from fairseq_sam.analysis.plots import draw_curves, figure, save
+from fairseq_sam.analysis.plots import draw_curves, figure, save, show_names
 from fairseq_sam.analysis.tables import read_rows, write_rows
 from fairseq_sam.analysis.theory import Data, LinePoint, Shift
 from fairseq_sam.commands import common
@@ -309,8 +309,9 @@ def plot(points: Sequence[LinePoint], found: Mapping[str, Sequence[Shift]], path
         linestyle="", fillstyle="none",
     )  # fmt: skip
     last = max((shift for shifts in found.values() for shift in shifts), key=lambda shift: shift.eta)
-    axes[1].plot([0, last.eta], [0, last.distance], color="black", linewidth=0.8, label="proportional to η")
-    axes[1].legend()
+    straight = "proportional to η"
+    axes[1].plot([0, last.eta], [0, last.distance], color="black", linewidth=0.8, label=straight)
+    show_names(axes[1], [*trials, straight])
     axes[1].set_xlim(left=-0.02)
     axes[1].set_ylim(bottom=0)
     save(made, path)

@@ -292,3 +292,14 @@ def test_images_are_chosen_at_random(tmp_path):
         assert x.shape == (12, 16) and y.shape == (12,) and x.dtype == torch.float64
         assert torch.equal(x, again) and not torch.equal(x, other)
     assert torch.allclose(chosen[0][0][0].mean(0), torch.zeros(16).double(), atol=1e-15)
+
+
+def test_the_legend_has_the_mixtures_and_the_straight_line(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(command, "save", lambda made, path: figures.append(made))
+    shifts = [theory.Shift(eta=eta, distance=2 * eta, gradient=0.0) for eta in (0.0, 0.5, 1.0)]
+    points = [theory.LinePoint(alpha=alpha, train=1.0, test=2.0, shifted=3.0, constant=0.0) for alpha in (0.0, 1.0)]
+    command.plot(points, {"samples": shifts, "weights": shifts}, tmp_path / "theory.png")
+    shown = [text.get_text() for text in figures[0].axes[1].get_legend().get_texts()]
+    own = "2 trials, r = 1.000, ∝ η^1.00"
+    assert shown == [f"samples: {own}", f"weights: {own}", "proportional to η"]
