@@ -59,6 +59,7 @@ COMMANDS = {
     "sharpness": "rise of the loss along the worst, the steepest and random directions, and for each instance",
     "landscape": "the loss on a line between two checkpoints, or on a plane",
     "gradients": "gradient norms by epoch and layer, from the log of --sam-gradient-log",
+    "transfer": "fine-tuned encoders on tasks that they were not trained on",
     "theory": "GA-SAM's analytic trials on MNIST",
     "epsilon": "the radius at which a method raises the loss by a wanted fraction",
 }
@@ -83,9 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=f"analyses of trained models, each with --help:\n{commands}",
     )
     parser.add_argument("method", nargs="?", metavar="METHOD or COMMAND", help="show a method's settings, or run it")
-    chosen = parser.parse_args(words).method
+    known, others = parser.parse_known_args(words)
+    chosen = known.method
     if chosen is not None and chosen not in PRESETS:
         parser.error(f"expected a method ({', '.join(PRESETS)}) or a command ({', '.join(COMMANDS)}), got {chosen!r}")
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     print(settings(chosen) if chosen else table())
     return 0
 

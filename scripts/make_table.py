@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.recipes.obtained import read_rows  # noqa: E402
+from scripts.recipes.obtained import OBTAINED, read_rows  # noqa: E402
 from scripts.recipes.recipe import Metric, RecipeError, column_names, read_recipe, recipe_folders, size_names  # noqa: E402
 from scripts.recipes.shared_rows import share_rows  # noqa: E402
 from scripts.recipes.tables import AVERAGE, FORMATS, average_rows, cells, table_rows  # noqa: E402
@@ -76,7 +76,7 @@ def table(folder: str | Path, size: str, form: str, obtained: Path | None = None
     """One recipe's table, a part for each of its columns, with their titles."""
     recipes = [read_recipe(folder, size, column) for column in column_names(folder, size)]
     first = recipes[0]
-    expected, runs = first.folder / "expected.tsv", obtained or first.folder / "obtained.tsv"
+    expected, runs = first.folder / "expected.tsv", obtained or first.folder / OBTAINED
     columns = [table_rows(recipe, runs, expected) for recipe in recipes]
     if obtained and not any(row.values for rows in columns for row in rows):
         raise RecipeError(f"{obtained} has no runs of {first.name} at --size {size}")
@@ -117,7 +117,7 @@ def results() -> str:
 
 
 def _sizes_run(folder: Path) -> list[str]:
-    return sorted({row["size"] for row in read_rows(folder / "obtained.tsv")})
+    return sorted({row["size"] for row in read_rows(folder / OBTAINED)})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.recipes.curves import draw, panels  # noqa: E402
+from scripts.recipes.obtained import OBTAINED  # noqa: E402
 from scripts.recipes.recipe import RecipeError, column_names, read_recipe  # noqa: E402
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     try:
         recipes = [read_recipe(args.recipe, args.size, column) for column in column_names(args.recipe, args.size)]
         first = recipes[0]
-        shown = panels(recipes, args.obtained or first.folder / "obtained.tsv", args.x)
+        shown = panels(recipes, args.obtained or first.folder / OBTAINED, args.x)
         draw(shown, args.x, f"{first.paper}: {first.title} ({args.size})", args.out)
     except (RecipeError, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fairseq_sam.adapter.instance_losses import Captured, capture_output, instance_losses
 from fairseq_sam.adapter.slicing import COUNTS, Slicer
+from fairseq_sam.analysis.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -222,11 +223,6 @@ class UpdateBatch:
 
     def _collect(self, results: dict[int, Pass]) -> Passes:
         return Passes(results, sum(float(result.sample_size) for result in results.values()))
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Say whether an error is for lack of memory, as fairseq's trainer does."""
-    return "out of memory" in str(error)
 
 
 def summed_loss(result: Pass | Passes) -> float:

@@ -21,7 +21,6 @@ from fairseq_sam.adapter.batches import (
     Pass,
     Passes,
     UpdateBatch,
-    is_out_of_memory,
     joined,
     resized,
     summed_loss,
@@ -34,6 +33,7 @@ from fairseq_sam.adapter.radius import search, settings_of
 from fairseq_sam.adapter.slicing import Slicer
 from fairseq_sam.adapter.workers import slowmo, torch_ddp, without_reduction
 from fairseq_sam.analysis.epsilon import Probe, Rises, loss_rise, probe_of, with_epsilon
+from fairseq_sam.analysis.memory import is_out_of_memory
 from fairseq_sam.core.descent import local
 from fairseq_sam.core.embeddings import WordEmbeddings
 from fairseq_sam.core.fisher import SquaredGradients, squared_gradients

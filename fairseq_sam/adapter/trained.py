@@ -26,7 +26,8 @@ from fairseq_sam.core.method import Method
 
 BLEU = {"eval_bleu": True, "eval_bleu_detok": "space", "eval_bleu_print_samples": False}
 FOR_ANALYSES = "; analyses take the checkpoints that fairseq-train writes, whole ones"
-SKIPPED_METRICS = ("num_updates", "wps", "ups", "wpb", "bsz", "ntokens", "nsentences", "sample_size")
+# Counts, speeds, and what repeats the loss.
+SKIPPED_METRICS = ("nll_loss", "num_updates", "wps", "ups", "wpb", "bsz", "ntokens", "nsentences", "sample_size")
 
 
 class Trained:
@@ -284,8 +285,9 @@ def _loaded(path: str | Path, overrides: dict[str, Any]) -> tuple[list[Any], Any
             else "those that it names; --data names others"
         )
         raise UserError(
-            f"{path} and its data do not fit together, or are of a model that is not known here: {_line(error)}. "
-            f"The data are {where}; they must be those of the task that the model was trained on, with its dictionaries"
+            f"{path} and its data do not fit together, or are of a model that is not known here (--user-dir): "
+            f"{_line(error)}. The data are {where}; they must be those of the task that the model was trained on, with "
+            "its dictionaries"
         ) from error
 
 

@@ -79,6 +79,7 @@ def suggest_epsilon(
     least: float = LEAST,
     most: float = MOST,
     per_decade: int = PER_DECADE,
+    found: Callable[[Rise], None] = lambda rise: None,
     progress: Progress = unseen,
 ) -> Suggestion:
     """Find the smallest radius at which a method's perturbation raises the loss by a fraction of it.
@@ -94,6 +95,7 @@ def suggest_epsilon(
         least: smallest radius, > 0.
         most: largest radius, >= `least`.
         per_decade: radii in a decade of the finer grid, >= 1.
+        found: called with what was measured at each radius.
         progress: called after each radius; the total is an estimate until the last call.
 
     Returns:
@@ -118,13 +120,14 @@ def suggest_epsilon(
         if not (math.isfinite(rise.loss) and rise.loss > 0):
             raise ValueError(f"the loss must be a finite number > 0, got {rise.loss!r} at the unperturbed weights")
         curve.append(rise)
+        found(rise)
         progress(len(curve), max(estimate, len(curve) + 1))
         return rise
 
     below, above = _bracket(measure, fraction, least, most, per_decade)
-    found = _refined(measure, below, above, fraction) if below and above else None
+    nearest = _refined(measure, below, above, fraction) if below and above else None
     progress(len(curve), len(curve))
-    return Suggestion(found, fraction, tuple(sorted(curve, key=lambda rise: rise.epsilon)))
+    return Suggestion(nearest, fraction, tuple(sorted(curve, key=lambda rise: rise.epsilon)))
 
 
 def _bracket(

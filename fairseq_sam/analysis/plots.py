@@ -43,9 +43,10 @@ def draw_curves(
     y: str,
     title: str = "",
     errors: Mapping[str, Sequence[float]] | None = None,
+    legend: bool = True,
     **options: Any,
 ) -> None:
-    """Draw curves with a legend.
+    """Draw curves, with a legend.
 
     Args:
         axes: where.
@@ -55,6 +56,7 @@ def draw_curves(
         y: label of the vertical axis, with its unit.
         title: of the panel.
         errors: half the length of the error bars of each value, by name; default none.
+        legend: whether the panel has one; without it ``show_names_below`` makes one for all panels.
         options: of ``Axes.plot``.
     """
     drawn = [name for name, (places, _) in curves.items() if places]
@@ -66,14 +68,15 @@ def draw_curves(
             "marker": MARKERS[number % len(MARKERS)],
             "linestyle": LINES[number % len(LINES)],
         }
-        axes.plot(places, values, label=str(number), markersize=4, **{**style, **options})
+        (line,) = axes.plot(places, values, label=str(number), markersize=4, **{**style, **options})
+        line.set_gid(name)
         if errors is not None:
             axes.errorbar(places, values, errors[name], fmt="none", ecolor=f"C{number}", capsize=3)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    if drawn:
+    if drawn and legend:
         show_names(axes, drawn)
 
 
@@ -91,9 +94,36 @@ def show_names(axes: Axes, names: Iterable[str], **options: Any) -> None:
         text.set_text(name)
 
 
+def show_names_below(made: Figure, panels: Iterable[Axes], most: int = 4) -> None:
+    """Draw one legend for all panels, below them, where it covers no curve.
+
+    Args:
+        made: the figure.
+        panels: with curves of ``draw_curves``, or other lines and bars whose ``gid`` is a name.
+        most: names in a row.
+    """
+    lines = {each.get_gid(): each for axes in panels for each in [*axes.get_lines(), *axes.patches] if each.get_gid()}
+    columns = max(1, min(len(lines), most))
+    if lines:
+        legend = made.legend(
+            list(lines.values()),
+            [str(number) for number in range(len(lines))],
+            loc="outside lower center",
+            ncols=columns,
+        )
+        for text, name in zip(legend.get_texts(), lines, strict=True):
+            text.set_parse_math(False)
+            text.set_text(name)
+
+
 def set_whole_numbers(axes: Axes) -> None:
     """Make the ticks of the horizontal axis whole numbers, such as ranks and layers."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def set_few_ticks(axes: Axes, most: int = 5) -> None:
+    """Make the horizontal axis have so few ticks that small numbers with many zeros do not cover one another."""
+    axes.xaxis.set_major_locator(MaxNLocator(most))
 
 
 def set_log_scale(axes: Axes) -> None:

@@ -1,6 +1,6 @@
 """Robustness: what is left of a model after adversarial corruptions of its weights (GA-SAM Table 4)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fairseq_sam.analysis.corruption import STEPS, Progress, ball, corrupted, unseen
@@ -38,8 +38,8 @@ def robustness(
     steps: int = STEPS,
     score: Callable[[], Scores] = dict,
     progress: Progress = unseen,
-) -> list[Corrupted]:
-    """Measure loss and scores after corruptions of several norms and radii.
+) -> Iterator[Corrupted]:
+    """Measure loss and scores after corruptions of several norms and radii, one after the other.
 
     Args:
         objective: the loss that the corruptions make large; it is also measured.
@@ -48,8 +48,8 @@ def robustness(
         score: measures the corrupted model, such as its accuracy or BLEU; called once for each row.
         progress: called after each ascent step and each row.
 
-    Returns:
-        The model as it is, then a row for each norm and radius.
+    Yields:
+        The model as it is, then a row for each norm and radius, once it is measured; the weights are then their own.
 
     Raises:
         ValueError: if a radius, a norm or `steps` is out of range, or there is no data.
@@ -63,10 +63,11 @@ def robustness(
         done += 1
         progress(done, total)
 
-    rows = [Corrupted("", 0.0, 0.0, objective.loss(), score())]
+    clean = Corrupted("", 0.0, 0.0, objective.loss(), score())
     count()
+    yield clean
     for norm, radius, method in balls:
         with corrupted(objective, method, step_done=count) as found:
-            rows.append(Corrupted(norm, radius, found.norm, objective.loss(), score()))
+            row = Corrupted(norm, radius, found.norm, objective.loss(), score())
         count()
-    return rows
+        yield row

@@ -1,4 +1,4 @@
-"""What the commands share: checkpoints and data on the command line, progress, errors in one line."""
+"""What the commands share: models and their data, progress, errors in one line."""
 
 import argparse
 import contextlib
@@ -6,143 +6,23 @@ import itertools
 import logging
 import math
 import os
-import re
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import torch
 
 from fairseq_sam.analysis.memory import is_out_of_memory
 from fairseq_sam.commands.settings import digest_of_data, digest_of_files, write_settings
-from fairseq_sam.core.method import parse_norm
 
-MOST_SEED = 2**31 - 1
+PLUGIN = Path(__file__).resolve().parents[1]
 OUT_OF_MEMORY = "; a smaller --max-tokens or --batch-size, or --cpu, takes less memory"
 SHOWN_EVERY = 10.0  # seconds between two lines of progress where the output is no terminal
-
-
-class Parser(argparse.ArgumentParser):
-    """Takes a command's words; what is wrong with them is one line, as every error of the commands.
-
-    Args:
-        command: its name.
-        description: what it does.
-    """
-
-    def __init__(self, command: str, description: str) -> None:
-        super().__init__(prog=f"fairseq-sam {command}", description=" ".join(description.split()), allow_abbrev=False)
-        self.set_defaults(command=command, started=datetime.now().isoformat())
-        # Before Python 3.14 argparse takes -1e-3 for a flag.
-        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse the words.
-
-        Raises:
-            ValueError: with the message.
-        """
-        raise ValueError(f"{message.removeprefix('argument ')} (all flags: {self.prog} --help)")
-
-
-def parser(command: str, description: str, max_tokens: int | None = 4000) -> Parser:
-    """Return a parser with what every command on checkpoints takes.
-
-    Args:
-        command: its name.
-        description: what it does.
-        max_tokens: default size of a batch; None for that of the training.
-    """
-    size, limit = ("as in training",) * 2 if max_tokens is None else (str(max_tokens), "no limit")
-    made = Parser(command, description)
-    made.add_argument("checkpoints", nargs="+", type=Path, help="checkpoints of fairseq, to be compared in one plot")
-    made.add_argument(
-        "--names", nargs="+", help="names of the models in tables and plots; default what their paths differ in"
-    )
-    made.add_argument("--data", help="folder of the data (data-bin); default the one that each checkpoint names")
-    made.add_argument("--subset", default="valid", help="split of the data; default valid")
-    made.add_argument(
-        "--max-tokens", type=integer(1), default=max_tokens, help=f"size of a batch, padding included; default {size}"
-    )
-    made.add_argument("--batch-size", type=integer(1), help=f"sentences in a batch; default {limit}")
-    made.add_argument("--num-batches", type=integer(1), help="batches, chosen at random; default all of the split")
-    made.add_argument("--seed", type=integer(0, MOST_SEED), default=1, help="of what is random; default 1")
-    made.add_argument("--out", type=Path, required=True, help="folder for the tables (.tsv) and the plots (.png)")
-    made.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
-    return made
-
-
-def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return what reads an integer of a range from the command line.
-
-    Args:
-        least: the smallest.
-        most: the largest; default none.
-    """
-    allowed = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
-
-    def read(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if least <= int(text) and (most is None or int(text) <= most):
-                return int(text)
-        raise argparse.ArgumentTypeError(f"must be {allowed}, got {text}")
-
-    return read
-
-
-def number(text: str) -> float:
-    """Read a finite number from the command line.
-
-    Raises:
-        ArgumentTypeError: if it is none.
-    """
-    with contextlib.suppress(ValueError):
-        if math.isfinite(float(text)):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
-
-
-def positive(text: str) -> float:
-    """Read a finite number > 0 from the command line.
-
-    Raises:
-        ArgumentTypeError: if it is none.
-    """
-    with contextlib.suppress(argparse.ArgumentTypeError):
-        if number(text) > 0:
-            return number(text)
-    raise argparse.ArgumentTypeError(f"must be a finite number > 0, got {text}")
-
-
-def norm(text: str) -> str:
-    """Read a norm from the command line.
-
-    Raises:
-        ArgumentTypeError: if it is none.
-    """
-    try:
-        parse_norm(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be l2, linf or a number > 1, got {text}") from None
-    return text
-
-
-def pattern(text: str) -> str:
-    """Read a regular expression from the command line.
-
-    Raises:
-        ArgumentTypeError: if it is none.
-    """
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
-    return text
 
 
 def model_names(checkpoints: Sequence[Path], names: Sequence[str] | None) -> list[str]:
@@ -163,11 +43,11 @@ def model_names(checkpoints: Sequence[Path], names: Sequence[str] | None) -> lis
     if len(whole) == 1:
         return [whole[0].parent.name or whole[0].stem]
     stems = [path.with_suffix("") for path in whole]
-    return _distinguishing_parts(stems if len(set(stems)) == len(stems) else whole)
+    return distinguishing_parts(stems if len(set(stems)) == len(stems) else whole)
 
 
-def _distinguishing_parts(paths: Sequence[Path]) -> list[str]:
-    """The fewest parts, counted from the end, that tell paths apart: folders rather than files, near ones first."""
+def distinguishing_parts(paths: Sequence[Path]) -> list[str]:
+    """Return the fewest parts that tell paths apart, counted from the end: folders rather than files, near ones."""
     most = max(len(path.parts) for path in paths)
     columns = [
         tuple(path.parts[-place] if place <= len(path.parts) else "" for path in paths) for place in range(1, most + 1)
@@ -200,6 +80,7 @@ def trained_models(
     names = model_names(args.checkpoints, args.names)
     check_files(args.checkpoints)
     make_folder(args.out)
+    import_user_module(args.user_dir)
     from fairseq_sam.adapter.trained import Trained
 
     measured: list[dict[str, Any]] = []
@@ -217,6 +98,27 @@ def trained_models(
         yield name, trained, batches
         measured[-1]["finished"] = True
         write_settings(args, measured)
+
+
+def import_user_module(path: Path | None) -> None:
+    """Import the plugin of ``--user-dir``, so that fairseq knows its models and tasks.
+
+    Args:
+        path: its folder; None for none.
+
+    Raises:
+        ValueError: if it is no folder, or cannot be imported.
+    """
+    if path is None or path.resolve() == PLUGIN:
+        return
+    if not path.is_dir():
+        raise ValueError(f"--user-dir must be the folder of a plugin of fairseq, got {path}, which is no folder")
+    from fairseq.utils import import_user_module as load
+
+    try:
+        load(argparse.Namespace(user_dir=str(path)))
+    except Exception as error:
+        raise ValueError(f"--user-dir {path} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def check_loss(name: str, trained: Any, batches: list[Any]) -> None:

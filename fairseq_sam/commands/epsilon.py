@@ -11,10 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fairseq_sam.analysis.epsilon import FRACTION, LEAST, MOST, PER_DECADE, Suggestion, suggest_epsilon
+from fairseq_sam.analysis.epsilon import (
+    FRACTION,
+    LEAST,
+    MOST,
+    PER_DECADE,
+    Probe,
+    Rise,
+    Suggestion,
+    suggest_epsilon,
+)
 from fairseq_sam.analysis.plots import draw_curves, figure, save
 from fairseq_sam.analysis.tables import write_rows
-from fairseq_sam.commands import common
+from fairseq_sam.commands import common, options
 from fairseq_sam.core.method import SUMMARIES, Method
 
 NUM_BATCHES = 8
@@ -23,26 +32,26 @@ AXES = ("norm", "scale", "granularity", "steps", "gradient", "scope")
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint; write ``epsilon.tsv`` and ``epsilon.png``, and print the flags."""
-    parser = common.parser("epsilon", " ".join((__doc__ or "").split()), max_tokens=None)
+    parser = options.parser("epsilon", " ".join((__doc__ or "").split()), max_tokens=None)
     parser.set_defaults(subset="train", num_batches=NUM_BATCHES)
     parser.add_argument("--method", choices=list(SUMMARIES), default="sam", help="the preset; default sam")
-    parser.add_argument("--norm", type=common.norm, help="l2, linf or a number > 1; default the preset's")
+    parser.add_argument("--norm", type=options.norm, help="l2, linf or a number > 1; default the preset's")
     parser.add_argument("--scale", help="scale operator T; default the preset's")
     parser.add_argument("--granularity", help="of T; default the preset's")
-    parser.add_argument("--steps", type=common.integer(1), help="ascent steps K; default the preset's")
+    parser.add_argument("--steps", type=options.integer(1), help="ascent steps K; default the preset's")
     parser.add_argument("--gradient", help="unit of the gradient that T sees, mean or sum; default the preset's")
     parser.add_argument("--scope", help="what shares a perturbation, microbatch or update; default the preset's")
     parser.add_argument(
-        "--update-freq", type=common.integer(1),
+        "--update-freq", type=options.integer(1),
         help="batches of an update, all workers', which with --scope update share a perturbation; default as in "
         "training. --num-batches counts such updates then",
     )  # fmt: skip
     parser.add_argument(
-        "--fraction", type=common.positive, default=FRACTION, help="wanted rise / loss; default %(default)s"
+        "--fraction", type=options.positive, default=FRACTION, help="wanted rise / loss; default %(default)s"
     )
-    parser.add_argument("--least", type=common.positive, default=LEAST, help="smallest ε; default %(default)g")
-    parser.add_argument("--most", type=common.positive, default=MOST, help="largest ε; default %(default)g")
-    parser.add_argument("--per-decade", type=common.integer(1), default=PER_DECADE, help="ε in a decade of the grid")
+    parser.add_argument("--least", type=options.positive, default=LEAST, help="smallest ε; default %(default)g")
+    parser.add_argument("--most", type=options.positive, default=MOST, help="largest ε; default %(default)g")
+    parser.add_argument("--per-decade", type=options.integer(1), default=PER_DECADE, help="ε in a decade of the grid")
     parser.add_argument("--fresh", action="store_true", help="of models with new weights (--seed), as before training")
     args = parser.parse_args(arguments)
     if args.update_freq is not None and args.scope != "update":
@@ -60,24 +69,39 @@ def main(arguments: Sequence[str]) -> None:
     for name, trained, batches in common.trained_models(args, batches_of):
         if args.fresh:
             trained.forget(args.seed)
+        probe = trained.probe(batches, method, per_update(trained))
         with common.about(name):
-            suggestions[name] = suggest_epsilon(
-                trained.probe(batches, method, per_update(trained)), fraction=args.fraction, least=args.least,
-                most=args.most, per_decade=args.per_decade, progress=common.Progress(f"ε of {args.method} on {name}"),
-            )  # fmt: skip
-        rows += [
-            {
-                "model": name, "method": args.method, **shown_axes(method), "epsilon": rise.epsilon, "loss": rise.loss,
-                "perturbed loss": rise.perturbed_loss, "relative rise": rise.relative,
-            }
-            for rise in suggestions[name].curve
-        ]  # fmt: skip
-        write_rows(args.out / "epsilon.tsv", rows)
+            suggestions[name] = search(args, {"model": name, "method": args.method, **shown_axes(method)}, probe, rows)
     own = ", ".join(f"{axis} {value}" for axis, value in shown_axes(method).items())
     plot(suggestions, args.out / "epsilon.png", f"{args.method}: {own}")
     common.written(args.out / "epsilon.tsv", args.out / "epsilon.png")
     for name, suggestion in suggestions.items():
         print(f"{name}: {advice(suggestion, args)}")
+
+
+def search(args: argparse.Namespace, own: dict[str, Any], probe: Probe, rows: list[dict[str, Any]]) -> Suggestion:
+    """Search for a model's radius; what was measured is in the table also if the search is interrupted.
+
+    Args:
+        args: of the command.
+        own: the first columns of the model's rows.
+        probe: of the model.
+        rows: of the models before, to which its own are added.
+    """
+    first = len(rows)
+
+    def found(rise: Rise) -> None:
+        rows.append({
+            **own, "epsilon": rise.epsilon, "loss": rise.loss, "perturbed loss": rise.perturbed_loss,
+            "relative rise": rise.relative,
+        })  # fmt: skip
+        rows[first:] = sorted(rows[first:], key=lambda row: float(row["epsilon"]))
+        write_rows(args.out / "epsilon.tsv", rows)
+
+    return suggest_epsilon(
+        probe, fraction=args.fraction, least=args.least, most=args.most, per_decade=args.per_decade, found=found,
+        progress=common.Progress(f"ε of {args.method} on {own['model']}"),
+    )  # fmt: skip
 
 
 def advice(suggestion: Suggestion, args: argparse.Namespace) -> str:

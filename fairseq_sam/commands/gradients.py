@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_sam.analysis.gradients import norms_by_epoch, norms_by_layer, read_gradients
-from fairseq_sam.analysis.plots import draw_curves, figure, save, set_whole_numbers
+from fairseq_sam.analysis.plots import draw_curves, figure, save, set_whole_numbers, show_names_below
 from fairseq_sam.analysis.tables import write_rows
-from fairseq_sam.commands import common
+from fairseq_sam.commands import common, options
 from fairseq_sam.commands.settings import digest_of_files, write_settings
 
 FILE = "gradients.jsonl"
@@ -18,7 +18,7 @@ FILE = "gradients.jsonl"
 
 def main(arguments: Sequence[str]) -> None:
     """Read each run's log; write ``gradients.tsv`` and ``gradients.png``."""
-    parser = common.Parser("gradients", __doc__ or "")
+    parser = options.Parser("gradients", __doc__ or "")
     parser.add_argument("runs", nargs="+", type=Path, help=f"folders of runs, with {FILE} in them, or such files")
     parser.add_argument(
         "--names", nargs="+", help="names of the runs in tables and plots; default what their paths differ in"
@@ -53,24 +53,25 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the norm by epoch and by layer, a curve for each run and group.
+    """Draw the norm by epoch and by layer: of one run a curve for each group, of several a panel with one for each run.
 
     Args:
         rows: of the table.
         path: the file.
     """
-    kinds = list(dict.fromkeys(row["by"] for row in rows))
     several = len({row["run"] for row in rows}) > 1
-    made, axes = figure(len(kinds))
-    for place, kind in enumerate(kinds):
-        own = [row for row in rows if row["by"] == kind]
-        curves: dict[str, tuple[list[float], list[float]]] = {}
-        for row in own:
-            name = f"{row['run']}, {row['group']}" if several else str(row["group"])
-            xs, ys = curves.setdefault(name, ([], []))
-            xs.append(row["number"])
-            ys.append(row["norm"])
-        x = {"epoch": "epoch", "layer": "layer, from the bottom"}[kind]
-        draw_curves(axes[place], curves, x=x, y="mean norm of the gradient", title=f"by {kind}")
+    panels: dict[tuple[str, str], dict[str, tuple[list[float], list[float]]]] = {}
+    for row in rows:
+        panel, name = (row["group"], row["run"]) if several else ("", row["group"])
+        xs, ys = panels.setdefault((row["by"], panel), {}).setdefault(name, ([], []))
+        xs.append(row["number"])
+        ys.append(row["norm"])
+    made, axes = figure(len(panels), 3 if several else 2)
+    for place, ((by, group), curves) in enumerate(panels.items()):
+        x = {"epoch": "epoch", "layer": "layer, from the bottom"}[by]
+        title = f"{group}, by {by}" if group else f"by {by}"
+        draw_curves(axes[place], curves, x=x, y="mean norm of the gradient", title=title, legend=not several)
         set_whole_numbers(axes[place])
+    if several:
+        show_names_below(made, axes)
     save(made, path)

@@ -19,7 +19,7 @@ from fairseq_sam.analysis.landscape import difference, filter_normalised, landsc
 from fairseq_sam.analysis.objective import Objective
 from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save
 from fairseq_sam.analysis.tables import now_and_then, read_rows, write_rows
-from fairseq_sam.commands import common
+from fairseq_sam.commands import common, options
 from fairseq_sam.commands.settings import digest_of_data, digest_of_files
 
 MOST_NAMES = 4  # of parameters in a message
@@ -27,14 +27,14 @@ MOST_NAMES = 4  # of parameters in a message
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint; write ``line.tsv`` or ``surface.tsv``, and the plot beside it."""
-    parser = common.parser("landscape", __doc__ or "")
+    parser = options.parser("landscape", __doc__ or "")
     parser.add_argument("--before", type=Path, help="checkpoint of the weights before training: a line, not a plane")
-    parser.add_argument("--points", type=common.integer(2), help="along each axis; default 25, on a line 41")
+    parser.add_argument("--points", type=options.integer(2), help="along each axis; default 25, on a line 41")
     parser.add_argument(
-        "--range", nargs=2, type=common.number, default=(-1.0, 1.0), metavar=("FROM", "TO"), dest="ends"
+        "--range", nargs=2, type=options.number, default=(-1.0, 1.0), metavar=("FROM", "TO"), dest="ends"
     )
     parser.add_argument(
-        "--exclude", type=common.pattern, default="", help="regular expression: parameters that are held constant"
+        "--exclude", type=options.pattern, default="", help="regular expression: parameters that are held constant"
     )
     args = parser.parse_args(arguments)
     common.check_files([args.before] if args.before else [])
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     common.written(table, image)
 
 
-def axis_of(parser: common.Parser, args: argparse.Namespace, kind: str) -> list[float]:
+def axis_of(parser: options.Parser, args: argparse.Namespace, kind: str) -> list[float]:
     """Return the coordinates along an axis; those that the table could not tell apart are refused."""
     least, most = args.ends
     if not least < most:

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_sam.analysis.corruption import STEPS
-from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_few_ticks, show_names_below
 from fairseq_sam.analysis.robustness import RADII, Corrupted, robustness
 from fairseq_sam.analysis.tables import write_rows
-from fairseq_sam.commands import common
+from fairseq_sam.commands import common, options
 
 # Scores that are drawn, with the labels of their axes.
 SCORES = {
     "bleu": "BLEU", "accuracy": "accuracy (%)", "f1": "F1 (%)", "mcc": "Matthews correlation (%)",
-    "pearson": "Pearson correlation (%)", "spearman": "Spearman correlation (%)", "loss": f"loss ({BITS})",
+    "ppl": "perplexity", "pearson": "Pearson correlation (%)", "spearman": "Spearman correlation (%)",
+    "loss": f"loss ({BITS})",
 }  # fmt: skip
 
 # How fairseq can join subwords.
@@ -23,31 +24,34 @@ JOINED_BY = ("@@ ", "@@", "subword_nmt", "sentencepiece", "wordpiece", "letter",
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint at each radius; write ``robustness.tsv`` and ``robustness.png``."""
-    parser = common.parser("robustness", __doc__ or "")
+    parser = options.parser("robustness", __doc__ or "")
     parser.add_argument(
-        "--l2", nargs="*", type=common.positive, default=RADII["l2"], help="radii of L2 balls; default %(default)s"
+        "--l2", nargs="*", type=options.positive, default=RADII["l2"], help="radii of L2 balls; default %(default)s"
     )
     parser.add_argument(
         "--linf",
         nargs="*",
-        type=common.positive,
+        type=options.positive,
         default=RADII["linf"],
         help="radii of L-infinity balls; default %(default)s",
     )
     parser.add_argument(
-        "--steps", type=common.integer(1), default=STEPS, help="ascent steps of a corruption; default %(default)s"
+        "--steps", type=options.integer(1), default=STEPS, help="ascent steps of a corruption; default %(default)s"
     )
     parser.add_argument("--attack-subset", help="split whose loss the corruption makes large; default that of --subset")
-    parser.add_argument("--attack-batches", type=common.integer(1), help="batches of it, chosen at random; default all")
     parser.add_argument(
-        "--bleu", type=common.integer(0), metavar="BEAM", default=0, help="translate with this beam, and score BLEU"
+        "--attack-batches", type=options.integer(1), help="batches of it, chosen at random; default all"
     )
     parser.add_argument(
-        "--remove-bpe", choices=JOINED_BY, default="@@ ", help="how subwords are joined for BLEU; default '@@ '"
+        "--bleu", type=options.integer(0), metavar="BEAM", default=0, help="translate with this beam, and score BLEU"
     )
+    parser.add_argument("--remove-bpe", choices=JOINED_BY, help="how subwords are joined for BLEU; default '@@ '")
     args = parser.parse_args(arguments)
     if not (args.l2 or args.linf):
         parser.error("--l2 and --linf must name a radius, got none")
+    if args.remove_bpe is not None and not args.bleu:
+        parser.error(f"--remove-bpe is of --bleu only, got {args.remove_bpe!r}")
+    options.fill(args, {"remove_bpe": "@@ "})
     rows: list[dict[str, Any]] = []
     for name, trained, batches in common.trained_models(args, bleu=args.bleu, remove_bpe=args.remove_bpe):
         attack = batches
@@ -63,8 +67,9 @@ def main(arguments: Sequence[str]) -> None:
             score=functools.partial(trained.scores, batches),
             progress=common.Progress(f"robustness of {name}"),
         )
-        rows += [row_of(name, corrupted) for corrupted in found]
-        write_rows(args.out / "robustness.tsv", rows)
+        for corrupted in found:
+            rows.append(row_of(name, corrupted))
+            write_rows(args.out / "robustness.tsv", rows)
     plot(rows, args.out / "robustness.png")
     common.written(args.out / "robustness.tsv", args.out / "robustness.png")
 
@@ -91,6 +96,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             own = [row for row in rows if row["model"] == name and row["norm"] in ("", norm) and score in row]
             curves[name] = [row["radius"] for row in own], [row[score] for row in own]
         label = {"l2": "L2", "linf": "L∞"}.get(norm, norm)
-        draw_curves(axes[place], curves, x=f"radius of the corruption, {label}", y=SCORES[score])
+        draw_curves(axes[place], curves, x=f"radius of the corruption, {label}", y=SCORES[score], legend=False)
+        set_few_ticks(axes[place])
+    show_names_below(made, axes)
     made.suptitle("After adversarial corruptions of the weights")
     save(made, path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_sam.analysis.corruption import STEPS, moves_all_weights
-from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_log_scale
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_log_scale, show_names_below
 from fairseq_sam.analysis.sharpness import (
     DIRECTIONS,
     adversarial_risk,
@@ -17,7 +17,7 @@ from fairseq_sam.analysis.sharpness import (
     worst_sharpness,
 )
 from fairseq_sam.analysis.tables import write_rows
-from fairseq_sam.commands import common
+from fairseq_sam.commands import common, options
 from fairseq_sam.core.method import PRESETS
 
 RADII = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -26,38 +26,40 @@ TITLES = {
     "instance": "each instance in its own worst direction",
 }  # fmt: skip
 KINDS = tuple(TITLES)
+USES = {
+    "steps": ("worst", "instance"), "method": ("worst", "ascent", "instance"), "norm": ("worst", "ascent", "instance"),
+    "directions": ("average",), "instances": ("instance",),
+}  # fmt: skip
+INSTANCES = 200
 METHODS = [name for name, method in PRESETS.items() if moves_all_weights(method)]
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint at each radius; write ``sharpness.tsv`` and ``sharpness.png``."""
-    parser = common.parser("sharpness", __doc__ or "")
+    parser = options.parser("sharpness", __doc__ or "")
     parser.add_argument(
-        "--radii", nargs="+", type=common.positive, default=RADII, help="distances; default %(default)s"
+        "--radii", nargs="+", type=options.positive, default=RADII, help="distances; default %(default)s"
     )
     parser.add_argument(
-        "--norm", type=common.norm, default="l2", help="of the distance: l2, linf or a number; average is always l2"
+        "--norm", type=options.norm, help="of the distance: l2, linf or a number; default l2, and average is always l2"
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS[:3], help="directions; default %(default)s")
     parser.add_argument(
-        "--steps", type=common.integer(1), help=f"ascent steps of worst, default {STEPS}, and of instance, default 1"
+        "--steps", type=options.integer(1), help=f"ascent steps of worst, default {STEPS}, and of instance, default 1"
     )
-    parser.add_argument(
-        "--directions", type=common.integer(1), default=DIRECTIONS, help="random directions; default %(default)s"
-    )
+    parser.add_argument("--directions", type=options.integer(1), help=f"random directions; default {DIRECTIONS}")
     parser.add_argument(
         "--method", choices=METHODS, help="whose scale T stretches the ball, but for average; default sam, T = 1"
     )
     parser.add_argument(
-        "--instances", type=common.integer(1), default=200, help="single instances, at random; default %(default)s"
+        "--instances", type=options.integer(1), help=f"single instances, at random; default {INSTANCES}"
     )
     args = parser.parse_args(arguments)
-    for flag, kinds in (("steps", ("worst", "instance")), ("method", ("worst", "ascent", "instance"))):
-        if getattr(args, flag) is not None and not {*kinds} & {*args.kinds}:
-            parser.error(f"--{flag} is of the --kinds {', '.join(kinds)} only, got --kinds {' '.join(args.kinds)}")
+    options.refuse_unused(parser, args, "kinds", USES)
+    options.fill(args, {"norm": "l2", "method": "sam", "directions": DIRECTIONS, "instances": INSTANCES})
     rows: list[dict[str, Any]] = []
     for name, trained, batches in common.trained_models(args):
-        model, loss_sum, method = trained.model, trained.loss_sum, PRESETS[args.method or "sam"]
+        model, loss_sum, method = trained.model, trained.loss_sum, PRESETS[args.method]
         single = []
         if "instance" in args.kinds:
             single = common.batches_of(args, trained, batch_size=1, number=args.instances)
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
                     "radius": radius, "loss": found.loss, "perturbed loss": found.perturbed_loss,
                     "sharpness": found.sharpness, "standard error": found.error,
                 })  # fmt: skip
-        write_rows(args.out / "sharpness.tsv", rows)
+                write_rows(args.out / "sharpness.tsv", rows)
     plot(rows, args.out / "sharpness.png")
     common.written(args.out / "sharpness.tsv", args.out / "sharpness.png")
 
@@ -108,8 +110,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         has_errors = any(error > 0 for each in errors.values() for error in each)
         draw_curves(
             axes[place], curves, x=x, y=f"rise of the loss\n({BITS})", title=TITLES[kind],
-            errors=errors if has_errors else None,
+            errors=errors if has_errors else None, legend=False,
         )  # fmt: skip
         axes[place].set_xscale("log")
         set_log_scale(axes[place])
+    show_names_below(made, axes)
     save(made, path)

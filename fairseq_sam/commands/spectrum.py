@@ -21,45 +21,56 @@ from fairseq_sam.analysis.spectrum import (
     hessian_trace,
 )
 from fairseq_sam.analysis.tables import write_rows
-from fairseq_sam.commands import common
+from fairseq_sam.commands import common, options
 
 PARTS = ("hessian", "fisher", "trace", "density")
+DEFAULTS = {"top": TOP, "instances": 256, "samples": 30, "density_steps": 80}
+USES = {
+    "top": ("hessian", "fisher"), "steps": ("hessian",), "instances": ("fisher",), "samples": ("trace",),
+    "density_steps": ("density",),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint; write ``eigenvalues.tsv``, ``trace.tsv``, ``density.tsv`` and ``spectrum.png``."""
-    parser = common.parser("spectrum", __doc__ or "")
+    parser = options.parser("spectrum", __doc__ or "")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured; default all")
-    parser.add_argument("--top", type=common.integer(1), default=TOP, help="how many eigenvalues; default %(default)s")
+    parser.add_argument("--top", type=options.integer(1), help=f"how many eigenvalues; default {TOP}")
     parser.add_argument(
         "--steps",
-        type=common.integer(1),
+        type=options.integer(1),
         help="of Lanczos, each keeps a vector of the weights' size; default 6 --top + 20",
     )
     parser.add_argument(
         "--instances",
-        type=common.integer(1),
-        default=256,
-        help="of the Fisher information, at random; default %(default)s",
+        type=options.integer(1),
+        help=f"of the Fisher information, at random; default {DEFAULTS['instances']}",
     )
     parser.add_argument(
-        "--samples", type=common.integer(2), default=30, help="products for the trace; default %(default)s"
+        "--samples", type=options.integer(2), help=f"products for the trace; default {DEFAULTS['samples']}"
     )
     parser.add_argument(
-        "--density-steps", type=common.integer(1), default=80, help="of Lanczos for the density, as --steps; default 80"
+        "--density-steps",
+        type=options.integer(1),
+        help=f"of Lanczos for the density, as --steps; default {DEFAULTS['density_steps']}",
     )
     parser.add_argument(
-        "--exclude", type=common.pattern, default="", help="regular expression: parameters that are held constant"
+        "--exclude", type=options.pattern, default="", help="regular expression: parameters that are held constant"
     )
     args = parser.parse_args(arguments)
+    options.refuse_unused(parser, args, "parts", USES)
+    if args.top is not None and "fisher" in args.parts and args.top > (args.instances or DEFAULTS["instances"]):
+        parser.error(
+            f"--top must be at most --instances, {args.instances or DEFAULTS['instances']}, got {args.top}: the Fisher "
+            "information has no more eigenvalues; raise --instances, or leave fisher out of --parts"
+        )
+    options.fill(args, DEFAULTS)
     tables: dict[str, list[dict[str, Any]]] = {"eigenvalues": [], "trace": [], "density": []}
     for name, trained, batches in common.trained_models(args):
         with common.about(name):
             for table, found in measured(args, name, trained, batches):
                 tables[table] += found
-        for table, rows in tables.items():
-            if rows:
-                write_rows(args.out / f"{table}.tsv", rows)
+                write_rows(args.out / f"{table}.tsv", tables[table])
     plot(tables, args.out / "spectrum.png")
     common.written(*(args.out / f"{table}.tsv" for table, rows in tables.items() if rows), args.out / "spectrum.png")
 
@@ -147,8 +158,8 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         curves = by_model(tables["density"], "eigenvalue", "density")
         if "hessian" not in matrices:
             curves = with_traces(curves, traces)
-        options = {"x": f"eigenvalue of the Hessian\n(loss in {BITS})", "y": "density (its integral is 1)"}
-        draw_curves(axes[-1], curves, **options, title="density of all eigenvalues", marker="")
+        labels = {"x": f"eigenvalue of the Hessian\n(loss in {BITS})", "y": "density (its integral is 1)"}
+        draw_curves(axes[-1], curves, **labels, title="density of all eigenvalues", marker="")
         axes[-1].set_yscale("log")
         axes[-1].set_ylim(bottom=1e-8)
     elif traces and not matrices:

@@ -7,13 +7,10 @@ goes on where it was; rows of other settings stay in the tables.
 
 import argparse
 import csv
-import hashlib
-import json
-import math
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +20,8 @@ from fairseq_sam.analysis.mnist import read_mnist
 from fairseq_sam.analysis.plots import draw_curves, figure, save, show_names
 from fairseq_sam.analysis.tables import read_rows, write_rows
 from fairseq_sam.analysis.theory import Data, LinePoint, Shift
-from fairseq_sam.commands import common
+from fairseq_sam.commands import common, options
+from fairseq_sam.commands.settings import digest_of_data
 
 ALPHAS = [step / 20 for step in range(-20, 41)]  # from theta* - (theta - theta*) to theta + (theta - theta*)
 NEAR = 0.5  # |alpha| up to which a place is near theta*
@@ -34,7 +32,7 @@ SPLITS = ("train", "t10k")
 def main(arguments: Sequence[str]) -> None:
     """Run the trials; write ``line.tsv``, ``shifts.tsv``, ``theory.png`` and the training minimum, ``minimum_*.pt``."""
     args = parse(arguments)
-    make_folder(args.out)
+    common.make_folder(args.out)
     train, test = images(args.mnist, args.number, args.seed)
     settings = settings_of(args, (train, test))
     model = theory.perceptron(train[0].shape[1], args.hidden, args.activation, args.seed)
@@ -44,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     tables = {
         name: Table(args.out / "shifts.tsv", {**settings, "mixture": name}, Shift, "eta") for name in args.mixture
     }
-    reach_minimum(train_loss, args.out / f"minimum_{digest(json.dumps(settings).encode())}.pt", args.iterations)
+    reach_minimum(train_loss, args.out / f"minimum_{digest_of_data(settings)}.pt", args.iterations)
     if line.left(ALPHAS):
         line.replace(theory.line(train_loss, loss_on([(1.0, test)]), ALPHAS, iterations=args.iterations))
     etas = [trial / args.trials for trial in range(args.trials + 1)]
@@ -62,77 +60,45 @@ def main(arguments: Sequence[str]) -> None:
 # -- command line ----------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the rest of the command does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what ``common.run`` prints."""
-        raise ValueError(message)
-
-
-def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
-    """Return the type of an option that takes whole numbers in a range."""
-    wanted = f"an integer >= {least}" if math.isinf(most) else f"an integer from {least} to {most:.0f}"
-
-    def number(word: str) -> int:
-        if not word.strip().lstrip("+-").isdecimal() or not least <= int(word) <= most:
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {word!r}")
-        return int(word)
-
-    return number
-
-
-def weight(word: str) -> float:
-    """Read a finite number that is not negative."""
-    try:
-        number = float(word)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {word!r}")
-    return number
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options.
 
     Raises:
         ValueError: if one is wrong.
     """
-    parser = Parser(prog="fairseq-sam theory", description=" ".join((__doc__ or "").split()), allow_abbrev=False)
+    parser = options.Parser("theory", __doc__ or "")
     add = parser.add_argument
     add("mnist", type=Path, metavar="MNIST", help="its folder: train-images-idx3-ubyte.gz and so on")
     add("--out", type=Path, required=True, help="folder for the tables and the plot")
-    add("--number", type=whole(1), default=NUMBER, help="images of each split, at random; default %(default)s")
-    add("--trials", type=whole(1), default=100, help="mixtures, with η = 1/N, 2/N, …, 1; default %(default)s")
+    add(
+        "--number", type=options.integer(1), default=NUMBER, help="images of each split, at random; default %(default)s"
+    )
+    add("--trials", type=options.integer(1), default=100, help="mixtures, with η = 1/N, 2/N, …, 1; default %(default)s")
     add(
         "--mixture", nargs="+", choices=list(theory.MIXTURES), default=["samples"],
         help="samples: images are replaced, as in the paper's trials; weights: the two losses are weighted, as in its "
         "Proposition 2; default samples",
     )  # fmt: skip
     add("--activation", choices=list(theory.ACTIVATIONS), default="tanh", help="default %(default)s")
-    add("--hidden", type=whole(1), nargs="+", default=theory.HIDDEN, help="sizes of hidden layers; default 100 100")
-    add("--l2", type=weight, default=theory.L2, help="weight of the penalty; default %(default)s")
     add(
-        "--iterations", type=whole(1), default=theory.ITERATIONS,
+        "--hidden",
+        type=options.integer(1),
+        nargs="+",
+        default=theory.HIDDEN,
+        help="sizes of hidden layers; default 100 100",
+    )
+    add("--l2", type=options.not_negative, default=theory.L2, help="weight of the penalty; default %(default)s")
+    add(
+        "--iterations", type=options.integer(1), default=theory.ITERATIONS,
         help="of L-BFGS in a trial at most, five times as many for the training minimum; default %(default)s",
     )  # fmt: skip
-    add("--seed", type=whole(0, 2**32 - 1), default=1, help="of weights and choice of images; default %(default)s")
+    add(
+        "--seed",
+        type=options.integer(0, options.MOST_SEED),
+        default=1,
+        help="of weights and choice of images; default %(default)s",
+    )
     return parser.parse_args(arguments)
-
-
-def make_folder(path: Path) -> None:
-    """Make the folder of the results.
-
-    Raises:
-        ValueError: if it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--out must be a folder that is there or can be made, got {path} ({error.strerror})"
-        ) from error
 
 
 # -- data and settings -----------------------------------------------------------------------------------------------
@@ -169,15 +135,10 @@ def images(folder: Path, number: int, seed: int) -> list[Data]:
 def settings_of(args: argparse.Namespace, data: Sequence[Data]) -> dict[str, str]:
     """Return everything that the training minimum depends on, as the tables have it."""
     return {
-        "data": digest(*(part.numpy().tobytes() for pair in data for part in pair)), "images": str(args.number),
+        "data": digest_of_data(data), "images": str(args.number),
         "hidden": " ".join(map(str, args.hidden)), "activation": args.activation, "l2": str(args.l2),
         "iterations": str(args.iterations), "seed": str(args.seed),
     }  # fmt: skip
-
-
-def digest(*contents: bytes) -> str:
-    """Return a name for contents: eight hexadecimal digits."""
-    return hashlib.sha256(b"".join(contents)).hexdigest()[:8]
 
 
 def reach_minimum(loss: Any, path: Path, iterations: int) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.recipes.scores import Texts, check_lengths
+from fairseq_sam.analysis.scores import check_lengths
+from scripts.recipes.scores import Texts
 
 M2, ANNOTATORS = "test.m2", "references"  # beside prepared data: annotated edits, or a folder of references
 ORDERS = range(1, 5)  # lengths of the n-grams of GLEU

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from fairseq_sam.adapter.probes import probe
+from fairseq_sam.adapter.sentences import outputs
+from fairseq_sam.analysis.scores import accuracy
 from scripts.recipes import predictions, text_to_text
 from scripts.recipes.commands import ALL_INSTANCES, CommandError, fairseq_command
 from scripts.recipes.corrections import ANNOTATORS, M2, gleu, max_match, read_m2
 from scripts.recipes.jobs import MODEL, SCORES, SETTINGS
-from scripts.recipes.probes import probe
 from scripts.recipes.recipe import command_line
-from scripts.recipes.scores import accuracy, rouge
+from scripts.recipes.scores import rouge
 from scripts.recipes.sequences import generate
 from scripts.recipes.significance import HYPOTHESES, REFERENCES
 from scripts.recipes.translation import average, bleu, detokenise, translate
@@ -37,11 +39,11 @@ def classification(run: Path, settings: dict[str, Any], device: list[str]) -> Sc
     folder, scores = Path(settings["data"]) / "data-bin", {}
     labels = Dictionary.load(str(folder / "label" / "dict.txt"))
     for split in ("valid", "test"):
-        outputs, _ = predictions.outputs(run / "checkpoint_best.pt", folder, split, cpu=bool(device))
+        logits, _ = outputs(run / "checkpoint_best.pt", folder, split, predictions.FORWARD, cpu=bool(device))
         rows = data_utils.load_indexed_dataset(str(folder / "label" / split), labels)
         wanted = torch.tensor([int(row[0]) - labels.nspecial for row in rows])
-        scores[f"{split}_accuracy"] = accuracy(outputs.argmax(1).tolist(), wanted.tolist())
-        scores[f"{split}_loss"] = float(cross_entropy(outputs, wanted)) / math.log(2)
+        scores[f"{split}_accuracy"] = accuracy(logits.argmax(1).tolist(), wanted.tolist())
+        scores[f"{split}_loss"] = float(cross_entropy(logits, wanted)) / math.log(2)
     return {"accuracy": scores.pop("test_accuracy"), **scores}
 
 

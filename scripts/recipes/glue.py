@@ -251,7 +251,8 @@ def prepare(
                 f"{split}; it must be that of the model whose tokenizer is given"
             )
     description = {
-        "task": task.name, "labels": task.labels, "scale": task.scale, "trainer": task.trainer,
+        "task": task.name, "labels": task.labels, "scale": task.scale, "trainer": task.trainer, "metrics": task.metrics,
+        "positive": task.positive,
         "splits": {split: part.num_instances for split, part in written.items()},
         "sample": {"rate": rate, "max_train": max_train, "seed": seed},
     }  # fmt: skip

@@ -49,7 +49,7 @@ class GlueTask:
         texts: columns (or fields) with the texts, in the order of fairseq's inputs.
         answer: column with the label or score.
         labels: labels in the order of the classes; empty for a regression.
-        metrics: scores, that of most papers first; names in ``scripts.recipes.scores.METRICS``.
+        metrics: scores, that of most papers first; names in ``fairseq_sam.analysis.scores.METRICS``.
         ending: ``tsv`` or ``jsonl``.
         files: names that a split's file may have, without ending; the first that is there is read.
         columns: columns of the files without a header, by split; the file may have more of them.

@@ -22,6 +22,7 @@ from scripts.recipes.locks import locked
 from scripts.recipes.recipe import ROOT, RecipeError
 from scripts.recipes.significance import compare
 
+OBTAINED = "obtained.tsv"
 COLUMNS = [
     "size", "column", "method", "seed", "metric", "value", "valid", "p_value", "seconds", "updates", "epochs", "passes",
     "flags", "versions", "hardware", "commit", "date",

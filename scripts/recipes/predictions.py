@@ -1,17 +1,16 @@
 """Predictions of a fine-tuned fairseq checkpoint on a prepared folder, which may be that of another task."""
 
-import contextlib
-import importlib
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from scripts.recipes import glue, scores
+from fairseq_sam.adapter.sentences import LabelledFolder, outputs
+from fairseq_sam.analysis.scores import METRICS
+from scripts.recipes import glue
 from scripts.recipes.glue import GlueTask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,8 +36,8 @@ class Prediction(NamedTuple):
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
-class Folder:
-    """A prepared folder.
+class Folder(LabelledFolder):
+    """A prepared folder of GLUE or SuperGLUE.
 
     Args:
         path: the folder.
@@ -49,50 +48,14 @@ class Folder:
     """
 
     def __init__(self, path: Path, task_name: str | None = None) -> None:
-        self.path = path
         name = task_name or glue.read_description(path)["task"]
         if name not in glue.TASKS:
             raise ValueError(f"--task must be one of {', '.join(glue.TASKS)}, got {name!r}")
         self.task: GlueTask = glue.TASKS[name]
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Labels in the order of the classes; a folder that fairseq-preprocess made has an order of its own."""
-        found = self._label_dictionary()
-        return tuple(found.symbols[found.nspecial :]) if found is not None else self.task.labels
-
-    def targets(self, split: str) -> list[str] | list[float] | None:
-        """Return the answers of a split; None if it has none."""
-        from fairseq.data import data_utils
-
-        prefix = self.path / "label" / split
-        text = prefix.with_name(f"{split}.label")
-        if text.is_file():
-            lines = text.read_text(encoding="utf-8").split()
-            if self.task.is_regression:
-                return [float(line) * self.task.scale for line in lines]
-            return [self.labels[int(line)] for line in lines]
-        dictionary = self._label_dictionary()
-        rows = data_utils.load_indexed_dataset(str(prefix), dictionary) if dictionary is not None else None
-        return None if rows is None else [dictionary.symbols[int(row[0])] for row in rows]
-
-    def _label_dictionary(self) -> Any:
-        from fairseq.data import Dictionary
-
-        path = self.path / "label" / "dict.txt"
-        return Dictionary.load(str(path)) if path.is_file() else None
-
-
-@contextlib.contextmanager
-def _without_labels(folder: Path) -> Iterator[Path]:
-    """A folder with the same inputs and no labels: a model of another task would not find its own among them."""
-    with tempfile.TemporaryDirectory() as name:
-        view = Path(name)
-        for path in folder.iterdir():
-            if path.name != "label":
-                (view / path.name).symlink_to(path.resolve())
-        (view / "label").mkdir()
-        yield view
+        super().__init__(
+            path, task=name, labels=self.task.labels, scale=self.task.scale, metrics=self.task.metrics,
+            positive=self.task.positive, trainer=self.task.trainer,
+        )  # fmt: skip
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -121,76 +84,6 @@ FORWARD: dict[str, Callable[[Any, Any, Any], Tensor]] = {
     "span_prediction": _span_prediction,
     "sentence_ranking": _sentence_ranking,
 }
-
-
-def outputs(
-    checkpoint: Path,
-    folder: Path,
-    split: str,
-    *,
-    forward: Callable[[Any, Any, Any], Tensor] | None = None,
-    batch_size: int = 32,
-    cpu: bool = False,
-) -> tuple[Tensor, str]:
-    """Run a model on all instances of a split.
-
-    Args:
-        checkpoint: fine-tuned by the task sentence_prediction, span_prediction or sentence_ranking.
-        folder: prepared folder; its labels are not read.
-        split: ``train``, ``valid``, …
-        forward: from the model, a batch and its configuration, a row for each instance; default the scores of the
-            classes.
-        batch_size: instances that run together; changes nothing but rounding.
-        cpu: stay on the CPU even if there is a GPU.
-
-    Returns:
-        Outputs of the model in the order of the data, shape (N, classes) or (N, size of a row), on the CPU; and the
-        name of fairseq's task.
-
-    Raises:
-        ValueError: if the checkpoint is of another task, or the folder lacks the split.
-    """
-    from fairseq import checkpoint_utils, utils
-
-    _load_plugin()
-    if batch_size < 1:
-        raise ValueError(f"--batch-size must be >= 1, got {batch_size}")
-    if not checkpoint.is_file():
-        raise ValueError(f"{checkpoint} is no file")
-    if not (folder / "input0" / f"{split}.idx").is_file():
-        raise ValueError(f"{folder} has no split {split}: no input0/{split}.idx")
-    with _without_labels(folder) as view:
-        state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint), {"data": str(view)})
-        name = getattr(state["cfg"].task, "_name", None)
-        if name not in FORWARD:
-            raise ValueError(f"{checkpoint} is of the task {name}; predictions need one of {', '.join(FORWARD)}")
-        classes = "".join(f"{number} 1\n" for number in range(state["cfg"].task.num_classes))
-        (view / "label" / "dict.txt").write_text(classes, encoding="utf-8")
-        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], state=state)
-        task.load_dataset(split)
-        model = models[0].eval()
-        use_cuda = torch.cuda.is_available() and not cpu
-        model = model.cuda() if use_cuda else model
-        batches = task.get_batch_iterator(
-            task.dataset(split), max_sentences=batch_size, required_batch_size_multiple=1,
-            max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
-        ).next_epoch_itr(shuffle=False)  # fmt: skip
-        found: dict[int, Tensor] = {}
-        with torch.inference_mode():
-            for sample in batches:
-                sample = utils.move_to_cuda(sample) if use_cuda else sample
-                rows = (forward or FORWARD[name])(model, sample, cfg).float().cpu()
-                found.update(zip(sample["id"].tolist(), rows, strict=True))
-        if sorted(found) != list(range(len(task.dataset(split)))):
-            raise ValueError(f"{len(found)} of the {len(task.dataset(split))} instances of {split} were predicted")
-    return torch.stack([found[number] for number in sorted(found)]), name
-
-
-def _load_plugin() -> None:
-    """Register the plugin's tasks and models; fairseq does not where the package was imported before."""
-    for package in ("tasks", "models"):
-        for path in sorted((PLUGIN / package).glob("[!_]*.py")):
-            importlib.import_module(f"{PLUGIN.name}.{package}.{path.stem}")
 
 
 # -- predictions -------------------------------------------------------------------------------------------------------
@@ -223,7 +116,7 @@ def predict(
     Raises:
         ValueError: if checkpoint, folder and labels do not fit.
     """
-    rows, trainer = outputs(checkpoint, folder.path, split, batch_size=batch_size, cpu=cpu)
+    rows, trainer = outputs(checkpoint, folder.path, split, FORWARD, batch_size=batch_size, cpu=cpu)
     if trainer != folder.task.trainer:
         raise ValueError(f"{checkpoint} is of the task {trainer}, but {folder.task.name} needs {folder.task.trainer}")
     targets = folder.targets(split)
@@ -279,7 +172,7 @@ def score(task: GlueTask, predictions: Sequence[Prediction]) -> dict[str, float 
     if any(each.target is None for each in predictions):
         return {}
     found, wanted = [each.prediction for each in predictions], [each.target for each in predictions]
-    values = {name: scores.METRICS[name](found, wanted, task.positive) for name in task.metrics}
+    values = {name: METRICS[name](found, wanted, task.positive) for name in task.metrics}
     return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 

@@ -19,7 +19,7 @@ import torch
 
 from scripts.recipes.jobs import MODEL, OUTPUT, SCORES, Job, data_folder, needed_jobs, progress_of
 from scripts.recipes.locks import locked
-from scripts.recipes.obtained import all_scores, record_job, write_significance
+from scripts.recipes.obtained import OBTAINED, all_scores, record_job, write_significance
 from scripts.recipes.recipe import ROOT, Recipe, command_line
 
 SHOWN_EVERY = 60.0  # seconds between two reports
@@ -88,7 +88,7 @@ def run_table(
         _prepare(recipe, data, out)
     if first.changed and record:
         raise RunError(f"--record writes down the recipe's own runs; leave it out, or --set {' '.join(first.changed)}")
-    tables = [out / first.name / first.size / "obtained.tsv", *([first.folder / "obtained.tsv"] if record else [])]
+    tables = [out / first.name / first.size / OBTAINED, *([first.folder / OBTAINED] if record else [])]
     _Runs(_starts(firsts), num_jobs or num_gpus or 1, num_gpus, []).run()
     _Runs(jobs, num_jobs or num_gpus or 1, num_gpus, tables).run()
     write_significance(jobs, tables)

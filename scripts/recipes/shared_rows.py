@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.recipes.jobs import Job
-from scripts.recipes.obtained import MINUTES, method_flags, put_row, read_rows
+from scripts.recipes.obtained import MINUTES, OBTAINED, method_flags, put_row, read_rows
 from scripts.recipes.recipe import Recipe, column_names, read_recipe, recipe_folders, size_names
 
 RUNS = Path("runs")  # any folder: jobs are compared by their settings
-OBTAINED = "obtained.tsv"
 
 Row = dict[str, str]
 

@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fairseq_sam.analysis.scores import METRICS
 from scripts.recipes.glue_tasks import TASKS, GlueTask, Instance
-from scripts.recipes.scores import METRICS
 
 STEP = 0.2  # of scores
 PARTS = "parts.json"  # beside prepared data: the parts of its validation split

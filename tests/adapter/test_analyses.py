@@ -4,6 +4,8 @@ import csv
 import hashlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fairseq_sam
 from fairseq_sam.__main__ import COMMANDS, main
+from fairseq_sam.commands import common
 from tests.adapter import runs
 
 pytestmark = pytest.mark.slow
@@ -314,6 +317,59 @@ def test_other_tasks(language_model_data, classification_data, tmp_path):
         ]) == 0  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("words", "calls", "rows"),
+    [
+        (["robustness", "--l2", "0.1", "0.2", "--linf", "--steps", "2"], 5, 2),  # the model as it is and 0.1
+        (["sharpness", "--kinds", "ascent", "worst", "--radii", "0.1", "0.2", "--steps", "2"], 4, 3),
+        (["epsilon", "--num-batches", "1"], 4, 4),
+        (["spectrum", "--parts", "hessian", "trace", "--top", "2", "--steps", "4", "--samples", "5"], 5, 2),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_was_measured_before_an_interrupt_is_in_the_table(
+    checkpoints, tmp_path, monkeypatch, capsys, words, calls, rows
+):
+    show, number = common.Progress.__call__, []
+
+    def interrupted(self, *args):
+        show(self, *args)
+        number.append(args)
+        if len(number) == calls:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Progress, "__call__", interrupted)
+    assert main([words[0], checkpoints[0], *words[1:], "--out", str(tmp_path)]) == 130
+    assert "stopped" in capsys.readouterr().err
+    table = tmp_path / {"spectrum": "eigenvalues.tsv"}.get(words[0], f"{words[0]}.tsv")
+    assert len(rows_of(table)) == rows
+    (run,) = json.loads((tmp_path / f"{words[0]}.json").read_text())["runs"]
+    assert run["measured"][0]["finished"] is False
+
+
+def test_a_model_of_another_plugin(translation_data, tmp_path):
+    """``--user-dir`` makes fairseq know it; without it the command says that the model is not known."""
+    plugin = tmp_path / "other_plugin"
+    plugin.mkdir()
+    (plugin / "__init__.py").write_text(
+        "from fairseq.models import register_model_architecture\n"
+        "from fairseq.models.transformer import tiny_architecture\n\n\n"
+        "@register_model_architecture('transformer', 'transformer_elsewhere')\n"
+        "def small(args):\n    tiny_architecture(args)\n"
+    )
+    flags = ["--user-dir", str(plugin), "--task", "translation", "--arch", "transformer_elsewhere"]
+    command = [sys.executable, "-m", "fairseq_cli.train", str(translation_data), *flags, "--cpu", "--max-tokens", "200"]
+    command += ["--optimizer", "adam", "--max-update", "1", "--lr", "1e-3", "--save-dir", str(tmp_path / "run")]
+    subprocess.run(command, check=True, capture_output=True)
+    measured = [sys.executable, "-m", "fairseq_sam", "sharpness", str(tmp_path / "run" / "checkpoint_last.pt")]
+    measured += ["--kinds", "ascent", "--radii", "0.1", "--cpu", "--out", str(tmp_path / "out")]
+    found = subprocess.run([*measured, "--user-dir", str(plugin)], check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert len(rows_of(tmp_path / "out" / "sharpness.tsv")) == 1
+    found = subprocess.run(measured, check=False, capture_output=True, text=True)
+    assert found.returncode == 2 and "--user-dir" in found.stderr, found.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -331,7 +387,7 @@ def test_help(command, capsys):
         (["robustness", "{0}", "--data", "nowhere"], "nowhere"),
         (["robustness", "{0}", "--l2", "-1"], "--l2: must be a finite number > 0, got -1"),
         (["robustness", "{0}", "--steps", "0"], "--steps: must be an integer >= 1, got 0"),
-        (["spectrum", "{0}", "--top", "1000000"], "k (--top) must be an integer from 1 to"),
+        (["spectrum", "{0}", "--parts", "hessian", "--top", "1000000"], "k (--top) must be an integer from 1 to"),
         (["spectrum", "{0}", "--parts", "trace", "--samples", "1"], "--samples: must be an integer >= 2, got 1"),
         (["spectrum", "{0}", "--exclude", "."], "exclude"),
         (["sharpness", "{0}", "--radii", "0"], "--radii: must be a finite number > 0, got 0"),

@@ -133,13 +133,16 @@ def test_robustness_rows():
         seen.append(model.w.detach().clone())
         return {"first": float(model.w[0].detach())}
 
-    rows = robustness(
+    rows = []
+    for row in robustness(
         objective,
         radii={"l2": [0.1, 0.4], "linf": [0.2]},
         steps=3,
         score=score,
         progress=lambda *n: progress.append(n),
-    )
+    ):
+        assert torch.equal(model.w, start), "between two rows as well"
+        rows.append(row)
     assert [(row.norm, row.radius) for row in rows] == [("", 0.0), ("l2", 0.1), ("l2", 0.4), ("linf", 0.2)]
     assert torch.equal(seen[0], start) and torch.equal(model.w, start)
     for row, w in zip(rows, seen, strict=True):
@@ -166,7 +169,7 @@ def test_weights_come_back_when_scoring_fails():
         return {}
 
     with pytest.raises(RuntimeError, match="boom"):
-        robustness(Objective(model, [1.0], quadratic_loss), score=score)
+        list(robustness(Objective(model, [1.0], quadratic_loss), score=score))
     assert torch.equal(model.w, start)
 
 

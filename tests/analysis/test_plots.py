@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from fairseq_sam.analysis.plots import draw_curves, figure, set_log_scale, set_whole_numbers
-from fairseq_sam.commands import spectrum
+from fairseq_sam.analysis.plots import draw_curves, figure, set_log_scale, set_whole_numbers, show_names_below
+from fairseq_sam.commands import gradients, spectrum
 
 NAMES = ["_private", "a_$b$_{c}", "10$", "Adam"]
 
@@ -72,7 +72,8 @@ def saved(monkeypatch, tmp_path):
         made.savefig(tmp_path / path)
         found.append(made)
 
-    monkeypatch.setattr(spectrum, "save", save)
+    for command in (gradients, spectrum):
+        monkeypatch.setattr(command, "save", save)
     return found
 
 
@@ -104,3 +105,41 @@ def test_spectrum_shows_traces_and_whole_ranks(saved):
     spectrum.plot(spectrum_of(models, eigenvalues=False, density=False), "trace.png")
     labels = saved[-1].axes[0].get_xticklabels()
     assert [text.get_text() for text in labels] == models and not any(text.get_parse_math() for text in labels)
+
+
+def test_one_legend_below_all_panels(tmp_path):
+    """It has each name once, as it is, and covers no panel."""
+    made, axes = figure(2)
+    draw_curves(axes[0], {"$a$": ([1.0], [2.0]), "_b": ([1.0], [3.0])}, x="x", y="y", legend=False)
+    draw_curves(axes[1], {"$a$": ([], []), "_b": ([1.0], [3.0]), "c": ([1.0], [1.0])}, x="x", y="y", legend=False)
+    show_names_below(made, axes)
+    made.savefig(tmp_path / "plot.png")
+    (legend,) = made.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["$a$", "_b", "c"]
+    assert not any(text.get_parse_math() for text in legend.get_texts()) and not any(a.get_legend() for a in axes)
+    assert [line.get_color() for line in legend.get_lines()] == ["C0", "C1", "C2"]
+    top = legend.get_window_extent().ymax
+    assert all(top < panel.get_tightbbox().ymin for panel in axes)
+
+
+def gradients_of(runs):
+    places = [("epoch", "all"), ("epoch", "encoder"), ("layer", "encoder"), ("layer", "decoder")]
+    return [
+        {"run": run, "by": by, "group": group, "number": number, "norm": number + share}
+        for share, run in enumerate(runs)
+        for by, group in places
+        for number in (1, 2)
+    ]
+
+
+def test_gradients_of_several_runs_have_a_panel_for_each_group(saved):
+    gradients.plot(gradients_of(["adam", "sam", "ga_sam"]), "several.png")
+    titles = ["all, by epoch", "encoder, by epoch", "encoder, by layer", "decoder, by layer"]
+    assert [axes.get_title() for axes in saved[-1].axes[:4]] == titles
+    for axes in saved[-1].axes[:4]:
+        assert [line.get_gid() for line in axes.get_lines()] == ["adam", "sam", "ga_sam"]
+        assert [list(line.get_ydata()) for line in axes.get_lines()] == [[1, 2], [2, 3], [3, 4]]
+    gradients.plot(gradients_of(["adam"]), "one.png")
+    epoch, layer = saved[-1].axes
+    assert [text.get_text() for text in epoch.get_legend().get_texts()] == ["all", "encoder"]
+    assert [line.get_gid() for line in layer.get_lines()] == ["encoder", "decoder"]

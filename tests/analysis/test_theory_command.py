@@ -207,20 +207,20 @@ def error_of(capsys):
     ("words", "error"),
     [
         (["--number", NUMBER + 1], f"--number must be at most {NUMBER}, the images of train in"),
-        (["--number", 0], "argument --number: must be an integer >= 1, got '0'"),
-        (["--trials", 0], "argument --trials: must be an integer >= 1, got '0'"),
-        (["--trials", "many"], "argument --trials: must be an integer >= 1, got 'many'"),
-        (["--l2=-0.1"], "argument --l2: must be a finite number >= 0, got '-0.1'"),
-        (["--l2", "nan"], "argument --l2: must be a finite number >= 0, got 'nan'"),
-        (["--l2", "inf"], "argument --l2: must be a finite number >= 0, got 'inf'"),
-        (["--l2", "much"], "argument --l2: must be a finite number >= 0, got 'much'"),
-        (["--iterations", 0], "argument --iterations: must be an integer >= 1, got '0'"),
-        (["--hidden", 3, 0], "argument --hidden: must be an integer >= 1, got '0'"),
-        (["--seed", "1.5"], "argument --seed: must be an integer from 0 to 4294967295, got '1.5'"),
-        (["--seed=-1"], "argument --seed: must be an integer from 0 to 4294967295, got '-1'"),
-        (["--seed", 2**32], "argument --seed: must be an integer from 0 to 4294967295, got '4294967296'"),
-        (["--activation", "sine"], "argument --activation: invalid choice: 'sine'"),
-        (["--mixture", "both"], "argument --mixture: invalid choice: 'both'"),
+        (["--number", 0], "--number: must be an integer >= 1, got 0"),
+        (["--trials", 0], "--trials: must be an integer >= 1, got 0"),
+        (["--trials", "many"], "--trials: must be an integer >= 1, got many"),
+        (["--l2=-0.1"], "--l2: must be a finite number >= 0, got -0.1"),
+        (["--l2", "nan"], "--l2: must be a finite number >= 0, got nan"),
+        (["--l2", "inf"], "--l2: must be a finite number >= 0, got inf"),
+        (["--l2", "much"], "--l2: must be a finite number >= 0, got much"),
+        (["--iterations", 0], "--iterations: must be an integer >= 1, got 0"),
+        (["--hidden", 3, 0], "--hidden: must be an integer >= 1, got 0"),
+        (["--seed", "1.5"], "--seed: must be an integer from 0 to 2147483647, got 1.5"),
+        (["--seed=-1"], "--seed: must be an integer from 0 to 2147483647, got -1"),
+        (["--seed", 2**31], "--seed: must be an integer from 0 to 2147483647, got 2147483648"),
+        (["--activation", "sine"], "--activation: invalid choice: 'sine'"),
+        (["--mixture", "both"], "--mixture: invalid choice: 'both'"),
         (["--trial", 3], "unrecognized arguments: --trial 3"),
     ],
 )
@@ -242,7 +242,7 @@ def test_files_that_are_not_there_or_broken(mnist, tmp_path, capsys):
     assert "expected images of one size" in error_of(capsys)
     (tmp_path / "file").write_text("")
     assert run(mnist, tmp_path / "file") == 2
-    assert f"--out must be a folder that is there or can be made, got {tmp_path / 'file'}" in error_of(capsys)
+    assert f"--out must be a folder that can be written to, got {tmp_path / 'file'}: File exists" in error_of(capsys)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from scripts import task_transfer
+from fairseq_sam.__main__ import main
 from scripts.recipes import evaluations, glue, measures, sts
 from scripts.recipes.sequences import train_sentencepiece
 from scripts.recipes.subwords import TokenizerFile
@@ -213,7 +213,7 @@ def test_task_transfer_as_a_command(sentences, tmp_path, capsys):
     checkpoints = [str(sentences.models.run / name) for name in (BEST, LAST)]
     tasks = [str(sentences.folder / folder) for folder in ("transfer/CoLA", "data-bin")]
     words = ["--names", "best", "last", "--tasks", *tasks, "--out", str(tmp_path), "--cpu"]
-    task_transfer.main([*checkpoints, *words])
+    assert main(["transfer", *checkpoints, *words]) == 0
     lines = [line.split("\t") for line in (tmp_path / "transfer.tsv").read_text().splitlines()]
     assert lines[0] == ["model", "task", "metric", "value"]
     found = {(model, task, metric): float(value) for model, task, metric, value in lines[1:]}
@@ -225,12 +225,60 @@ def test_task_transfer_as_a_command(sentences, tmp_path, capsys):
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
 
 
-def test_a_task_of_spans_is_no_task_to_transfer_to(sentences, tmp_path):
+def transfer(found, out, *folders, words=()):
+    return main(["transfer", str(found.models.run / BEST), "--tasks", *map(str, folders), "--out", str(out), *words])
+
+
+def test_a_task_of_spans_is_no_task_to_transfer_to(sentences, tmp_path, capsys):
     folder = tmp_path / "WiC"
     shutil.copytree(sentences.folder / "transfer" / "CoLA", folder)
-    (folder / "glue.json").write_text(json.dumps({**json.loads((folder / "glue.json").read_text()), "task": "WiC"}))
-    with pytest.raises(ValueError, match="WiC is a task of span_prediction"):
-        task_transfer.main([str(sentences.models.run / BEST), "--tasks", str(folder), "--out", str(tmp_path), "--cpu"])
+    (folder / "glue.json").write_text(
+        json.dumps({**json.loads((folder / "glue.json").read_text()), "task": "WiC", "trainer": "span_prediction"})
+    )
+    assert transfer(sentences, tmp_path, folder) == 2
+    assert "error: run, WiC: WiC is a task of span_prediction" in capsys.readouterr().err
+
+
+def test_transfer_to_folders_of_fairseq_itself(sentences, tmp_path, capsys):
+    """Without ``glue.json``: usual scores, of a regression too; tasks of one name are told apart by their folders."""
+    own = sentences.folder / "transfer" / "CoLA"
+    for name in ("first", "second"):
+        shutil.copytree(own, tmp_path / name / "CoLA")
+        (tmp_path / name / "CoLA" / "glue.json").unlink()
+    shutil.copytree(tmp_path / "first" / "CoLA", tmp_path / "length")
+    shutil.rmtree(tmp_path / "length" / "label")
+    (tmp_path / "length" / "label").mkdir()
+    for split in ("train", "valid"):  # the number of tokens, as a score from 0 to 1
+        rows = data_utils.load_indexed_dataset(
+            str(own / "input0" / split), Dictionary.load(str(own / "input0" / "dict.txt"))
+        )
+        (tmp_path / "length" / "label" / f"{split}.label").write_text("".join(f"{len(row) / 50}\n" for row in rows))
+    folders = [tmp_path / "first" / "CoLA", tmp_path / "second" / "CoLA", tmp_path / "length"]
+    assert transfer(sentences, tmp_path / "out", *folders) == 0
+    lines = [line.split("\t") for line in (tmp_path / "out" / "transfer.tsv").read_text().splitlines()[1:]]
+    values = {(task, metric): float(value) for _, task, metric, value in lines}
+    names = ["CoLA (first)", "CoLA (second)", "length"]
+    assert list(values) == [
+        *((name, metric) for name in names[:2] for metric in ("accuracy", "f1", "matthews")),
+        *((names[2], metric) for metric in ("pearson", "spearman")),
+    ]
+    known, new = (features(sentences, BEST, split) for split in ("train", "valid"))
+    answers, wanted = (labels_of(sentences.folder, "CoLA", split) for split in ("train", "valid"))
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(known, answers)
+    assert values[names[0], "accuracy"] == pytest.approx(100 * accuracy_score(wanted, linear.predict(new)), abs=1e-3)
+    assert values[names[2], "pearson"] > 50, "the length of a sentence is in its features"
+    whole = json.loads((tmp_path / "out" / "transfer.json").read_text())
+    assert whole["runs"][0]["measured"][0]["tasks"] == dict(zip(names, map(str, folders), strict=True))
+    capsys.readouterr()
+    for words, error in (
+        ([folders[0], folders[0]], "--tasks must name different folders, got one twice"),
+        ([tmp_path], f"expected a folder with input0 and label, as sentence_prediction reads it, got {tmp_path}"),
+        ([folders[0], "--subset", "dev"], "has no answers of dev, in label"),
+        ([folders[0], "--user-dir", "nowhere"], "--user-dir must be the folder of a plugin of fairseq, got nowhere"),
+    ):
+        assert transfer(sentences, tmp_path / "out", *words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert error in line
 
 
 # -- similarity of sentences -------------------------------------------------------------------------------------------

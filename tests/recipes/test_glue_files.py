@@ -42,7 +42,7 @@ def test_the_table():
     assert glue.TASKS["MNLI"].labels == glue.TASKS["CB"].labels == ("contradiction", "neutral", "entailment")
     assert glue.TASKS["RTE"].labels == glue.TASKS["QNLI"].labels == ("not_entailment", "entailment")
     assert [task.name for task in glue.TASKS.values() if task.is_regression] == ["STS-B"]
-    from scripts.recipes.scores import METRICS
+    from fairseq_sam.analysis.scores import METRICS
 
     for task in glue.TASKS.values():
         assert task.metrics and set(task.metrics) <= set(METRICS)

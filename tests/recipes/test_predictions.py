@@ -10,10 +10,11 @@ import torch
 from fairseq.logging import metrics
 
 import fairseq_sam.tasks.span_prediction  # noqa: F401  registers the task
+from fairseq_sam.adapter.probes import probe
+from fairseq_sam.analysis.scores import METRICS, accuracy
 from scripts import predict as command
-from scripts.recipes import glue, predictions, scores
+from scripts.recipes import glue, predictions
 from scripts.recipes.predictions import Folder, Prediction, predict, score
-from scripts.recipes.probes import probe
 from scripts.recipes.subwords import TokenizerFile
 from tests.adapter import runs
 from tests.recipes import glue_files
@@ -96,8 +97,8 @@ def test_train_and_predict(places, name):
         loss = sum((each.prediction - each.target) ** 2 for each in found) / 13 / 25
         assert theirs["loss"] * 0.6931 == pytest.approx(loss, abs=2e-3)
     else:
-        accuracy = scores.accuracy([each.prediction for each in found], [each.target for each in found])
-        assert theirs["accuracy"] == pytest.approx(accuracy, abs=0.06)
+        right = accuracy([each.prediction for each in found], [each.target for each in found])
+        assert theirs["accuracy"] == pytest.approx(right, abs=0.06)
     if name == "CoLA":
         assert theirs["mcc"] == pytest.approx(mine["matthews"], abs=0.06)
 
@@ -290,7 +291,7 @@ def test_a_probe_is_a_ridge_regression_on_the_first_token(places):
     answers, wanted = (torch.tensor(Folder(place).targets(split)).double() for split in ("train", "valid"))
     inverse = torch.linalg.inv(known.T @ known + torch.eye(known.shape[1]))
     found = new @ inverse @ known.T @ (answers - answers.mean()) + answers.mean()
-    expected = {name: scores.METRICS[name](found.tolist(), wanted.tolist(), "1") for name in ("pearson", "spearman")}
+    expected = {name: METRICS[name](found.tolist(), wanted.tolist(), "1") for name in ("pearson", "spearman")}
     got = probe(places("RTE"), Folder(place), cpu=True)
     assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-2)
 
