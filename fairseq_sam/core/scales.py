@@ -1,6 +1,6 @@
 """The diagonal operator T: one positive number for each group of parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fairseq_sam.core.groups import Groups
+from fairseq_sam.core.vectors import Vector
 
 
 class Strengths(NamedTuple):
-    """What a scale may depend on, for one tensor's groups. All but `total` broadcast against the tensor."""
+    """What a scale may depend on: numbers for each tensor, shape (N,), or for the groups of one tensor."""
 
     weight: Tensor  # ||w_i||_2
     gradient: Tensor  # ||g_i||_2, in the method's gradient unit
@@ -60,19 +61,20 @@ class ScaleOperator(NamedTuple):
     """T for a list of tensors.
 
     Attributes:
-        factors: for each tensor, T broadcastable to it, or None where T = 1.
+        factors: T, a number for each tensor (shape (N,), float64), or a tensor for each, broadcastable to it; None
+            where T = 1.
         num_capped: how many groups the cap reduced (a 0-dimensional tensor, or 0).
     """
 
-    factors: list[Tensor | None]
+    factors: Tensor | list[Tensor] | None
     num_capped: Tensor | int
 
 
 def build_scale(
     name: str,
     groups: Groups,
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    weights: Vector,
+    gradients: Vector,
     *,
     unit: float = 1.0,
     eta: float = 0.0,
@@ -83,7 +85,7 @@ def build_scale(
     Args:
         name: key of ``SCALES``.
         groups: what one group is.
-        weights: the perturbed weights, float32 or better.
+        weights: the perturbed weights.
         gradients: their gradients, same shapes.
         unit: factor that brings the gradients into the method's unit, > 0.
         eta: ``asam_eta``.
@@ -93,21 +95,27 @@ def build_scale(
         T, and the number of groups that were capped.
     """
     if name == "one":
-        return ScaleOperator([None] * len(weights), 0)
+        return ScaleOperator(None, 0)
     scale = SCALES[name]
-    factors = [scale.formula(strength) for strength in _strengths(groups, weights, gradients, unit, eta)]
-    num_capped: Tensor | int = 0
+    cap: Tensor | None = None
     if scale.gradient_based and max_scale != float("inf"):
-        model_wise = scale.formula(_strengths(Groups("model"), weights, gradients, unit, eta)[0])
-        cap = model_wise * max_scale
-        num_capped = groups.num_flagged([factor > cap for factor in factors])
-        factors = [torch.minimum(factor, cap.to(factor.device, factor.dtype)) for factor in factors]
-    return ScaleOperator([f.to(w.device, w.dtype) for f, w in zip(factors, weights, strict=True)], num_capped)
+        cap = _factors(scale, Groups("model"), weights, gradients, unit, eta)[0] * max_scale
+    factors = _factors(scale, groups, weights, gradients, unit, eta)
+    if cap is None:
+        return ScaleOperator(factors, 0)
+    if isinstance(factors, Tensor):
+        return ScaleOperator(torch.minimum(factors, cap), groups.num_flagged(factors > cap))
+    num_capped = groups.num_flagged([factor > cap for factor in factors])
+    return ScaleOperator([torch.minimum(f, cap.to(f.device, f.dtype)) for f in factors], num_capped)
 
 
-def _strengths(
-    groups: Groups, weights: Sequence[Tensor], gradients: Sequence[Tensor], unit: float, eta: float
-) -> list[Strengths]:
-    total = float(sum(weight.numel() for weight in weights))
-    rows = zip(groups.norms(weights), groups.norms(gradients), groups.sizes(weights), strict=True)
-    return [Strengths(w, g * unit, n, total, eta) for w, g, n in rows]
+def _factors(
+    scale: Scale, groups: Groups, weights: Vector, gradients: Vector, unit: float, eta: float
+) -> Tensor | list[Tensor]:
+    total = float(sum(tensor.numel() for tensor in weights.tensors))
+    of_weights, of_gradients = groups.norms(weights), groups.norms(gradients)
+    sizes = groups.sizes(weights.tensors)
+    if isinstance(of_weights, Tensor) and isinstance(of_gradients, Tensor):
+        return scale.formula(Strengths(of_weights, of_gradients * unit, of_weights.new_tensor(sizes), total, eta))
+    rows = zip(of_weights, of_gradients, sizes, strict=True)
+    return [scale.formula(Strengths(w, g * unit, n, total, eta)) for w, g, n in rows]

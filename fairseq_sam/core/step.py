@@ -73,7 +73,7 @@ class SharpnessAwareStep(Generic[Result]):
                 raise ValueError("where (--sam-where) embeddings needs the model's word embeddings")
             self._perturbation = EmbeddingPerturbation(method, embeddings)
         else:
-            self._perturbation = WeightPerturbation(method, space, self._memory.masks(space))
+            self._perturbation = WeightPerturbation(method, space, self._memory.masks(space), self._memory.backup)
         self._num_parts = 0
         self._begin()
 
@@ -133,7 +133,8 @@ class SharpnessAwareStep(Generic[Result]):
             self._ascent_passes += share
             first = first or [result]
             gradients = self.space.take_gradients()
-            is_finite = self._perturbation.advance(*ascent_gradient(gradients, result))
+            keeps = self.method.needs_clean_gradient  # the descent, which is given them next
+            is_finite = self._perturbation.advance(*ascent_gradient(gradients, result), overwrite=not keeps)
             if is_finite or k == 0:  # what goes wrong at w must reach the base optimizer and the loss scaler
                 self._descent.observe(gradients, float(result.sample_size))
             if k == 0:
@@ -250,7 +251,7 @@ class SharpnessAwareStep(Generic[Result]):
         try:
             selected, share = self._select(batch, offset)
             with _gradient_hooks(self.space.tensors, prior, combine, hooks) if in_backward else nullcontext():
-                with self._perturbation.applied(), running(self._perturbation):
+                with self._perturbation.applied(final=finish), running(self._perturbation):
                     result = selected.run()
                     self._perturbation.measure()
         except BaseException:
