@@ -300,13 +300,13 @@ class SharpnessAwareStep(Generic[Result]):
         self, prior: Gradients, gradients: Gradients, finish: bool, shared: bool, reduce: Reduce
     ) -> Gradients:
         if shared:
-            gradients, prior = add_all(prior, gradients), [None] * len(prior)
+            gradients, prior = add_all(prior, gradients, overwrite=True), [None] * len(prior)
             if not finish:
                 return gradients
         if self.method.between == "reuse":
             self._keep_component(gradients, reduce)
         combined = self._descent.combine_all(gradients, self._sample_size, reduce)
-        return add_all(prior, [self._told(gradient) for gradient in combined])
+        return add_all(prior, [self._told(gradient) for gradient in combined], overwrite=True)
 
     def _keep_component(self, gradients: Gradients, reduce: Reduce) -> None:
         """Remember the sharpness component; a step that did not move has none."""
