@@ -187,5 +187,5 @@ def _running_mean(mean: Tensor | None, gradient: Tensor | None, count: int, over
     if mean is None:
         return gradient / (count + 1)
     if overwrite and is_own(gradient, mean):
-        return gradient.sub_(mean).div_(count + 1).add_(mean)
+        return gradient.lerp_(mean, count / (count + 1))
     return mean + (gradient - mean) / (count + 1)

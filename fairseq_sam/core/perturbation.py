@@ -103,6 +103,7 @@ class WeightPerturbation:
         self._num_moves = 0
         self._is_moved = False
         self._is_dropped = False  # the last pass was the last move
+        self._is_folded = False  # T and the mask are multiplied in
         self._places = Places()  # where other weights stand in a call that is not perturbed
 
     @property
@@ -113,7 +114,8 @@ class WeightPerturbation:
     def begin(self, random: RandomState) -> None:
         """Start at 0."""
         self.measured = Measurements()
-        self._active, self._transformed, self._scale, self._is_dropped = [], None, None, False
+        self._active, self._transformed, self._scale = [], None, None
+        self._is_dropped = self._is_folded = False
         self._random, self._num_moves = random, 0
         if self.method.mask == "random":
             keep = 1.0 - float(self.method.sparsity or 0.0)
@@ -295,7 +297,20 @@ class WeightPerturbation:
     @property
     def _is_plain(self) -> bool:
         """Whether T and the mask are one number for each tensor at most."""
-        return not isinstance(self._factors, list) and not any(isinstance(mask, Tensor) for mask in self._masks)
+        return not isinstance(self._factors, list) and not any(isinstance(mask, Tensor) for mask in self._mask())
+
+    def _mask(self) -> list[Tensor | float | None]:
+        """What each active parameter's perturbation is still to be multiplied by."""
+        return [None if self._is_folded else self._masks[i] for i in self._active]
+
+    def _fold(self) -> None:
+        """Multiply T and the mask in; no step can follow."""
+        assert self._transformed is not None, "something is moved"
+        if not self._is_plain:
+            for factors in (self._factors, self._mask()):
+                if factors is not None:
+                    self._transformed.scale_(factors)
+            self._scale, self._is_folded = None, True
 
     def _vector(self) -> Vector:
         """The perturbation itself, where it is plain."""
@@ -303,9 +318,9 @@ class WeightPerturbation:
         vector = self._transformed.shared()
         if isinstance(self._factors, Tensor):
             vector.scale_(self._factors)
-        masks = [self._masks[i] for i in self._active]
-        if any(mask is not None for mask in masks):
-            vector.scale_(torch.tensor([1.0 if mask is None else float(mask) for mask in masks], dtype=torch.float64))
+        if any(mask is not None for mask in self._mask()):
+            numbers = [1.0 if mask is None else float(mask) for mask in self._mask()]
+            vector.scale_(torch.tensor(numbers, dtype=torch.float64, device=vector.tensors[0].device))
         return vector
 
     def _perturbation(self) -> Iterator[Part]:
@@ -314,9 +329,11 @@ class WeightPerturbation:
             for i, (tensor, factor) in zip(self._active, self._vector().parts(), strict=True):
                 yield i, tensor, factor
             return
-        for place, (i, (tensor, factor)) in enumerate(zip(self._active, self._transformed.parts(), strict=True)):
-            own = None if self._factors is None else self._factors[place]
-            for each in (own, self._masks[i]):
+        own = self._factors if self._factors is not None else [None] * len(self._active)
+        for i, (tensor, factor), *others in zip(
+            self._active, self._transformed.parts(), own, self._mask(), strict=True
+        ):
+            for each in others:
                 tensor = tensor if each is None else tensor * each
             yield i, tensor, factor
 
@@ -327,6 +344,8 @@ class WeightPerturbation:
         try:
             self._is_moved = True
             with torch.no_grad():
+                if final:
+                    self._fold()
                 for i, value, factor in parts():
                     self._add(i, value, factor, generators)
             if final:

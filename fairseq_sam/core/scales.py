@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from fairseq_sam.core.vectors import Vector
 class Strengths(NamedTuple):
     """What a scale may depend on: numbers for each tensor, shape (N,), or for the groups of one tensor."""
 
-    weight: Tensor  # ||w_i||_2
-    gradient: Tensor  # ||g_i||_2, in the method's gradient unit
+    weight: Any  # ||w_i||_2, of a scale that is weight-based
+    gradient: Any  # ||g_i||_2, in the method's gradient unit, of a scale that is gradient-based
     number: Tensor | float  # n_i
     total: float  # n
     eta: float  # asam_eta
@@ -27,11 +27,13 @@ class Scale:
 
     Attributes:
         formula: T from the strengths of a group.
+        weight_based: T has the weights' norm in it.
         gradient_based: T has the gradient's norm in its denominator, so it is capped.
         element_only: T is defined for single weights alone.
     """
 
     formula: Callable[[Strengths], Tensor]
+    weight_based: bool = False
     gradient_based: bool = False
     element_only: bool = False
 
@@ -47,12 +49,12 @@ def _root(x: Tensor | float) -> Tensor | float:
 
 
 SCALES: dict[str, Scale] = {
-    "one": Scale(lambda s: torch.ones_like(s.weight)),
-    "weight_abs": Scale(lambda s: s.weight + s.eta, element_only=True),
-    "weight_norm": Scale(lambda s: s.weight),
-    "weight_over_gradient": Scale(lambda s: _divide(s.weight, s.gradient), gradient_based=True),
+    "one": Scale(lambda s: torch.ones_like(s.weight), weight_based=True),
+    "weight_abs": Scale(lambda s: s.weight + s.eta if s.eta else s.weight, weight_based=True, element_only=True),
+    "weight_norm": Scale(lambda s: s.weight, weight_based=True),
+    "weight_over_gradient": Scale(lambda s: _divide(s.weight, s.gradient), weight_based=True, gradient_based=True),
     "inverse_gradient": Scale(lambda s: _divide(1.0, s.gradient), gradient_based=True),
-    "weight_over_sqrt_n": Scale(lambda s: s.weight / _root(s.number)),
+    "weight_over_sqrt_n": Scale(lambda s: s.weight / _root(s.number), weight_based=True),
     "gradient_strength": Scale(lambda s: _divide(_root(s.number), s.gradient * _root(s.total)), gradient_based=True),
 }
 
@@ -112,10 +114,12 @@ def build_scale(
 def _factors(
     scale: Scale, groups: Groups, weights: Vector, gradients: Vector, unit: float, eta: float
 ) -> Tensor | list[Tensor]:
-    total = float(sum(tensor.numel() for tensor in weights.tensors))
-    of_weights, of_gradients = groups.norms(weights), groups.norms(gradients)
-    sizes = groups.sizes(weights.tensors)
-    if isinstance(of_weights, Tensor) and isinstance(of_gradients, Tensor):
-        return scale.formula(Strengths(of_weights, of_gradients * unit, of_weights.new_tensor(sizes), total, eta))
-    rows = zip(of_weights, of_gradients, sizes, strict=True)
-    return [scale.formula(Strengths(w, g * unit, n, total, eta)) for w, g, n in rows]
+    total, sizes = float(sum(tensor.numel() for tensor in weights.tensors)), groups.sizes(weights.tensors)
+    of_weights = groups.norms(weights) if scale.weight_based else None
+    of_gradients = groups.norms(gradients.shared().scale_(unit)) if scale.gradient_based else None
+    norms = of_weights if of_gradients is None else of_gradients
+    if isinstance(norms, Tensor):
+        return scale.formula(Strengths(of_weights, of_gradients, norms.new_tensor(sizes), total, eta))
+    nothing = [None] * len(sizes)
+    rows = zip(of_weights or nothing, of_gradients or nothing, sizes, strict=True)
+    return [scale.formula(Strengths(w, g, n, total, eta)) for w, g, n in rows]

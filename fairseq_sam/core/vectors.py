@@ -66,8 +66,8 @@ class Vector:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def scale_(self, factor: Factor | Sequence[Tensor | None]) -> "Vector":
-        """Multiply by one number, one for each tensor (shape (N,)), or one tensor for each, broadcastable; >= 0."""
+    def scale_(self, factor: Factor | Sequence[Factor | None]) -> "Vector":
+        """Multiply by one number, one for each tensor (shape (N,)), or a tensor or number for each; all >= 0."""
         self.length = self.length * factor if isinstance(factor, int | float) and self.length is not None else None
         if isinstance(factor, int | float | Tensor):
             self._factors = self._all_factors() * factor
@@ -81,9 +81,11 @@ class Vector:
 
     def sign_(self) -> "Vector":
         """Replace each number by its sign."""
-        self._own()
         signs = self.norms(2.0).sign() if 2.0 in self._norms else None
-        torch._foreach_sign_(self.tensors)
+        if self._owned:
+            torch._foreach_sign_(self.tensors)
+        else:
+            self.tensors, self._owned = list(torch._foreach_sign(self.tensors)), True
         self._factors = None if self._factors is None else self._factors.sign()
         self._norms = {} if signs is None else {math.inf: signs}
         return self
