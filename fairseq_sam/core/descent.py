@@ -167,9 +167,12 @@ def _surrogate(last: Tensor | None, clean: Tensor | None, alpha: float, ratio: T
         return None if last is None else last * (1.0 + alpha * ratio.to(last.device)).to(last.dtype)
     if last is None:
         return clean * -alpha
+    factor = ratio.to(last.device, last.dtype)
     if is_own(last, clean) and is_own(clean, last):
-        return last.sub_(clean.addcmul_(last, ratio.to(last.device, last.dtype), value=-1.0), alpha=alpha)
-    return last - alpha * (clean - last * ratio.to(last.device, last.dtype))
+        return last.sub_(clean.addcmul_(last, factor, value=-1.0), alpha=alpha)
+    if last.is_sparse or clean.is_sparse:
+        return last - alpha * (clean - last * factor)
+    return torch.sub(last, clean.addcmul(last, factor, value=-1.0), alpha=alpha)
 
 
 def _minus(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -178,8 +178,7 @@ class WeightPerturbation:
             gradient, anchor = gradients[i], self._anchor(i)
             tensor = torch.zeros_like(anchor) if gradient is None else dense(gradient).to(anchor.dtype)
             if gradient is not None and not gradient.is_sparse and tensor.data_ptr() == gradient.data_ptr():
-                # A view, such as one into a bucket of torch's DDP, is memory that the next backward writes to.
-                is_owned = is_owned and overwrite and not gradient._is_view()
+                is_owned = is_owned and overwrite
             tensors.append(tensor)
         return Vector(tensors, is_owned)
 

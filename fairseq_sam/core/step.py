@@ -25,7 +25,7 @@ from fairseq_sam.core.method import Method
 from fairseq_sam.core.perturbation import EmbeddingPerturbation, Measurements, WeightPerturbation
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.tensors import Gradients, add, add_all, at_least_float32
+from fairseq_sam.core.tensors import Gradients, add, add_all, at_least_float32, without_views
 from fairseq_sam.core.unperturbed import running
 
 # Given the gradients of an ascent pass and what the pass returned: the gradients to ascend, and their unit factor.
@@ -132,7 +132,7 @@ class SharpnessAwareStep(Generic[Result]):
                 self._perturbation.restore()  # quant-noise overwrites weights in the forward pass
             self._ascent_passes += share
             first = first or [result]
-            gradients = self.space.take_gradients()
+            gradients = without_views(self.space.take_gradients())
             keeps = self.method.needs_clean_gradient  # the descent, which is given them next
             is_finite = self._perturbation.advance(*ascent_gradient(gradients, result), overwrite=not keeps)
             if is_finite or k == 0:  # what goes wrong at w must reach the base optimizer and the loss scaler

@@ -44,6 +44,11 @@ def add_all(first: Sequence[Tensor | None], second: Sequence[Tensor | None], *, 
     ]
 
 
+def without_views(gradients: Gradients) -> Gradients:
+    """Copy gradients that are views, such as those into the buckets of torch's DDP: the next backward writes there."""
+    return [None if g is None else g.clone() if g._is_view() else g for g in gradients]
+
+
 def is_own(gradient: Tensor, other: Tensor) -> bool:
     """Whether a gradient has memory of its own that a result with the other fits into."""
     return not (gradient.is_sparse or other.is_sparse or gradient._is_view()) and gradient.dtype == other.dtype
