@@ -32,8 +32,8 @@ class Measurements:
 
     Attributes:
         gradient_norm: 2-norm of the ascent gradient ``g_0`` in the method's unit, over all that is perturbed.
-        perturbation_norm: p-norm of the change that the weights really underwent for the last pass; for embeddings,
-            the largest of the sentences' norms.
+        perturbation_norm: p-norm of the change that the weights underwent for the last pass: in half precision as it
+            is after rounding, else of what was added; for embeddings, the largest of the sentences' norms.
         num_capped: groups whose T was capped.
         num_skipped: ascent steps without a usable gradient (zero, infinite or NaN); the perturbation is then 0.
         num_overflows: those of them whose gradient was infinite or NaN.
