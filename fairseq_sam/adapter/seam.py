@@ -242,7 +242,7 @@ class SharpnessAwareTrainStep:
         if self._reduces_in_backward():  # torch's DDP reduces what they have added up
             return self._last(batch).run()
         result, prior, gradients = run_apart(self._space, self._last(batch))
-        self._space.put_gradients(add_all(prior, gradients))
+        self._space.put_gradients(add_all(prior, gradients, overwrite=True))
         return result
 
     def _perturb_microbatch(self, batch: MicroBatch) -> Pass:

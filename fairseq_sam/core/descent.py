@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fairseq_sam.core.method import Method
-from fairseq_sam.core.tensors import Gradients, dense
+from fairseq_sam.core.tensors import Gradients, dense, is_own
+
+BLOCK = 2**16  # numbers whose products are added up in float32
 
 # From this process's part of a gradient: the whole gradient, summed over workers.
 Reduce = Callable[[Gradients], Gradients]
@@ -30,18 +32,24 @@ class Descent:
         self.sample_size = 0.0  # of the ascent passes
 
     def observe(self, gradients: Gradients, sample_size: float) -> None:
-        """See the gradient of the next ascent pass."""
+        """See the gradient of the next ascent pass, which is the descent's own from then on."""
         if not self.first and (self.method.descent == "gsam" or self.method.between == "reuse"):
             self.first = gradients
         self.sample_size = sample_size
 
-    def combine(self, i: int, gradient: Tensor | None) -> Tensor | None:
-        """Return the descent gradient of parameter `i` from the last pass's."""
+    def combine(self, i: int, gradient: Tensor | None, *, overwrite: bool = False) -> Tensor | None:
+        """Return the descent gradient of parameter `i` from the last pass's, which may be overwritten or not."""
         return gradient
 
     def combine_all(self, gradients: Gradients, sample_size: float, reduce: Reduce) -> Gradients:
-        """Return the descent gradient from that of the last pass, whose sample size may differ from the ascent's."""
-        return [self.combine(i, gradient) for i, gradient in enumerate(gradients)]
+        """Return the descent gradient from that of the last pass, whose sample size may differ from the ascent's.
+
+        Args:
+            gradients: of the last pass; overwritten.
+            sample_size: of the last pass.
+            reduce: sums a gradient over workers.
+        """
+        return [self.combine(i, gradient, overwrite=True) for i, gradient in enumerate(gradients)]
 
     def share(self, sample_size: float) -> float:
         """Factor that brings ascent gradients to the last pass's sample size: 1 unless the ascent saw a part."""
@@ -59,15 +67,15 @@ class Mean(Descent):
         self._num = 0
 
     def observe(self, gradients: Gradients, sample_size: float) -> None:
-        """See the gradient of the next ascent pass."""
+        """See the gradient of the next ascent pass, which is the descent's own from then on."""
         super().observe(gradients, sample_size)
         mean = self._mean or [None] * len(gradients)
-        self._mean = [_running_mean(m, g, self._num) for m, g in zip(mean, gradients, strict=True)]
+        self._mean = [_running_mean(m, g, self._num, overwrite=True) for m, g in zip(mean, gradients, strict=True)]
         self._num += 1
 
-    def combine(self, i: int, gradient: Tensor | None) -> Tensor | None:
+    def combine(self, i: int, gradient: Tensor | None, *, overwrite: bool = False) -> Tensor | None:
         """Extend the mean by the last pass's gradient."""
-        return _running_mean(self._mean[i] if self._mean else None, gradient, self._num)
+        return _running_mean(self._mean[i] if self._mean else None, gradient, self._num, overwrite)
 
     def combine_all(self, gradients: Gradients, sample_size: float, reduce: Reduce) -> Gradients:
         """Extend the mean by the last pass's gradient, at its sample size."""
@@ -141,12 +149,17 @@ def dot(first: Gradients, second: Gradients) -> Tensor:
     if not pairs:
         return torch.zeros((), dtype=torch.float64)
     device = pairs[0][0].device
-    products = [torch.dot(_vector(a), _vector(b)).to(device) for a, b in pairs]
+    products = [_dot(dense(a).reshape(-1), dense(b).reshape(-1)).to(device) for a, b in pairs]
     return torch.stack(products).sum()
 
 
-def _vector(gradient: Tensor) -> Tensor:
-    return dense(gradient).reshape(-1).double()
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    if first.device.type == "cpu" and first.dtype == second.dtype == torch.float32:
+        blocks = zip(torch.split(first, BLOCK), torch.split(second, BLOCK), strict=True)
+        found = torch.stack([torch.dot(a, b) for a, b in blocks]).sum(dtype=torch.float64)
+        if torch.isfinite(found):  # else a product may be out of the range of float32
+            return found
+    return torch.dot(first.double(), second.double())
 
 
 def _surrogate(last: Tensor | None, clean: Tensor | None, alpha: float, ratio: Tensor) -> Tensor | None:
@@ -154,7 +167,12 @@ def _surrogate(last: Tensor | None, clean: Tensor | None, alpha: float, ratio: T
         return None if last is None else last * (1.0 + alpha * ratio.to(last.device)).to(last.dtype)
     if last is None:
         return clean * -alpha
-    return last - alpha * (clean - last * ratio.to(last.device, last.dtype))
+    factor = ratio.to(last.device, last.dtype)
+    if is_own(last, clean) and is_own(clean, last):
+        return last.sub_(clean.addcmul_(last, factor, value=-1.0), alpha=alpha)
+    if last.is_sparse or clean.is_sparse:
+        return last - alpha * (clean - last * factor)
+    return torch.sub(last, clean.addcmul(last, factor, value=-1.0), alpha=alpha)
 
 
 def _minus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -163,12 +181,14 @@ def _minus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return -second if first is None else first - second
 
 
-def _running_mean(mean: Tensor | None, gradient: Tensor | None, count: int) -> Tensor | None:
-    """Mean of `count` gradients, extended by one; a missing gradient counts as 0."""
+def _running_mean(mean: Tensor | None, gradient: Tensor | None, count: int, overwrite: bool = False) -> Tensor | None:
+    """Mean of `count` gradients, extended by one, which may be overwritten or not; a missing gradient counts as 0."""
     if count == 0:
         return gradient
     if gradient is None:
         return None if mean is None else mean * (count / (count + 1))
     if mean is None:
         return gradient / (count + 1)
+    if overwrite and is_own(gradient, mean):
+        return gradient.lerp_(mean, count / (count + 1))
     return mean + (gradient - mean) / (count + 1)

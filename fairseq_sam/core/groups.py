@@ -1,13 +1,16 @@
 """Groups of numbers: what one strength, or one ball, covers."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fairseq_sam.core.norms import tensor_norms
+from fairseq_sam.core.norms import joined_norms
+
+if TYPE_CHECKING:
+    from fairseq_sam.core.vectors import Vector
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,26 @@ class Groups:
     granularity: str
     layers: Sequence[int] = ()
 
-    def norms(self, tensors: Sequence[Tensor], p: float = 2.0) -> list[Tensor]:
-        """p-norm of the group of each number, broadcastable to each tensor; float64 where a group is a whole tensor."""
+    def norms(self, vector: "Vector", p: float = 2.0) -> Tensor | list[Tensor]:
+        """Return the p-norm of the group of each number.
+
+        Args:
+            vector: the numbers.
+            p: order of the norm, in (1, inf].
+
+        Returns:
+            A number for each tensor, shape (N,), float64; or, where the groups are smaller than tensors, a tensor for
+            each, broadcastable to it.
+        """
         if self.granularity == "element":
-            return [tensor.abs() for tensor in tensors]
+            return [tensor.abs() for tensor in vector.values()]
         if self.granularity in ("filter", "sentence"):
-            return [_slice_norm(tensor, p) for tensor in tensors]
-        norms = _tensor_norms(tensors, p)
-        if self.granularity != "tensor":
-            keys = self._keys(len(tensors))
-            norms = _joined_norms(norms, torch.tensor(keys, device=norms.device), len(set(keys)), p)
-        return list(norms.unbind())
+            return [_slice_norm(tensor, p) for tensor in vector.values()]
+        norms = vector.norms(p)
+        if self.granularity == "tensor":
+            return norms
+        keys = self._keys(len(norms))
+        return joined_norms(norms, torch.tensor(keys, device=norms.device), max(keys, default=0) + 1, p)
 
     def sizes(self, tensors: Sequence[Tensor]) -> list[float]:
         """How many numbers the group of each tensor's numbers has: `n_i`."""
@@ -50,11 +62,13 @@ class Groups:
             total[key] += size
         return [total[key] for key in keys]
 
-    def num_flagged(self, flags: Sequence[Tensor]) -> Tensor:
+    def num_flagged(self, flags: Tensor | Sequence[Tensor]) -> Tensor:
         """Count flagged groups; a group that spans several tensors counts once."""
-        if self.granularity in ("layer", "model"):
-            flags = list(dict(zip(self._keys(len(flags)), flags, strict=True)).values())
-        return torch.stack([flag.sum().to(flags[0].device) for flag in flags]).sum()
+        if not isinstance(flags, Tensor):
+            return torch.stack([flag.sum().to(flags[0].device) for flag in flags]).sum()
+        keys = self._keys(len(flags)) if self.granularity != "tensor" else list(range(len(flags)))
+        first = list({key: place for place, key in reversed(list(enumerate(keys)))}.values())
+        return flags[first].sum()
 
     def _keys(self, length: int) -> list[int]:
         """Group number of each tensor, counted from 0."""
@@ -69,18 +83,3 @@ def _slice_norm(tensor: Tensor, p: float) -> Tensor:
         return tensor.abs()
     norm: Tensor = torch.linalg.vector_norm(tensor, p, dim=tuple(range(1, tensor.dim())), keepdim=True)
     return norm
-
-
-def _tensor_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """p-norm of each tensor, in float64: a vector of length ``len(tensors)``."""
-    return torch.stack([norm.to(tensors[0].device) for norm in tensor_norms(tensors, p)])
-
-
-def _joined_norms(norms: Tensor, groups: Tensor, num_groups: int, p: float) -> Tensor:
-    """p-norm of the union of the vectors in each group, from the norms of the vectors."""
-    largest = norms.new_zeros(num_groups).scatter_reduce_(0, groups, norms, "amax")
-    if p == math.inf:
-        return largest[groups]
-    safe = torch.where(largest > 0, largest, 1.0)  # powers of quotients stay in range
-    sums = norms.new_zeros(num_groups).index_add_(0, groups, (norms / safe[groups]) ** p)
-    return (safe * sums ** (1.0 / p))[groups]

@@ -370,15 +370,13 @@ class Method:
     def copies(self) -> float:
         """Copies of the weights that live beside model, gradient and base optimizer during the last pass.
 
-        Weights: the backup, the perturbation, a T of its own for each weight, gradients that the descent keeps, the
-        mask (a byte for each number), and the component of before while a new one is made, in case of an error.
-        Embeddings: only gradients that the descent keeps.
+        Weights: the backup, gradients that the descent keeps, the mask (a byte for each number), and the component of
+        before while a new one is made, in case of an error. Embeddings: only gradients that the descent keeps.
         """
         kept = (1.0 if self.needs_clean_gradient else 0.0) + (1.0 if self.between == "reuse" else 0.0)
         if self.where == "embeddings":
             return kept
-        scale = 1.0 if self.granularity == "element" and self.scale != "one" else 0.0
-        return 2.0 + scale + kept + (0.25 if self.mask == "fisher" else 0.0)
+        return 1.0 + kept + (0.25 if self.mask == "fisher" else 0.0)
 
     def is_active(self, epoch: int, num_updates: int) -> bool:
         """Say whether the update is sharpness-aware.

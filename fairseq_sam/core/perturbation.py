@@ -9,16 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fairseq_sam.core.backup import Backup
 from fairseq_sam.core.embeddings import WordEmbeddings
 from fairseq_sam.core.groups import Groups
 from fairseq_sam.core.method import Method
-from fairseq_sam.core.norms import Norms, global_norms, normalize_, project_, scale_, steepest_direction_, vector_norm
+from fairseq_sam.core.norms import vector_norm
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.rounding import HALF, round_stochastically
 from fairseq_sam.core.scales import ScaleOperator, build_scale
 from fairseq_sam.core.space import ParameterSpace
 from fairseq_sam.core.tensors import Gradients, at_least_float32, dense, wide_dtype
 from fairseq_sam.core.unperturbed import Places, none_runs
+from fairseq_sam.core.vectors import ALL, Ball, Factor, Vector, add_scaled_
+
+# A parameter's number, a tensor and a factor whose product is added to it.
+Part = tuple[int, Tensor, Factor | None]
 
 
 @dataclass
@@ -27,8 +32,8 @@ class Measurements:
 
     Attributes:
         gradient_norm: 2-norm of the ascent gradient ``g_0`` in the method's unit, over all that is perturbed.
-        perturbation_norm: p-norm of the change that the weights really underwent for the last pass; for embeddings,
-            the largest of the sentences' norms.
+        perturbation_norm: p-norm of the change that the weights underwent for the last pass: in half precision as it
+            is after rounding, else of what was added; for embeddings, the largest of the sentences' norms.
         num_capped: groups whose T was capped.
         num_skipped: ascent steps without a usable gradient (zero, infinite or NaN); the perturbation is then 0.
         num_overflows: those of them whose gradient was infinite or NaN.
@@ -75,32 +80,42 @@ class WeightPerturbation:
         method: the method.
         space: the trained parameters; their weights are backed up here and restored bit for bit after every pass.
         masks: for each parameter, what the perturbation is multiplied by, or None.
+        backup: memory for the backup; no other perturbation that is still used may have the same.
     """
 
-    def __init__(self, method: Method, space: ParameterSpace, masks: Sequence[Tensor | None] | None = None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        space: ParameterSpace,
+        masks: Sequence[Tensor | None] | None = None,
+        backup: Backup | None = None,
+    ) -> None:
         self.method = method
         self.space = space
         self.measured = Measurements()
         self._masks: list[Tensor | float | None] = list(masks or [None] * len(space.tensors))
-        self._backup = [tensor.detach().clone() for tensor in space.tensors]
+        self._backup = (backup or Backup()).take(space.tensors)
         self._active: list[int] = []  # parameters that have an ascent gradient and may move
-        self._transformed: list[Tensor] = []  # T^-1 a of the active parameters
-        self._scale = ScaleOperator([], 0)
-        self._norms: Norms = global_norms
+        self._transformed: Vector | None = None  # T^-1 a of the active parameters
+        self._scale: ScaleOperator | None = None
+        self._ball = Ball(method.norm, method.epsilon)
         self._random: RandomState | None = None
         self._num_moves = 0
         self._is_moved = False
+        self._is_dropped = False  # the last pass was the last move
+        self._is_folded = False  # T and the mask are multiplied in
         self._places = Places()  # where other weights stand in a call that is not perturbed
 
     @property
     def is_zero(self) -> bool:
         """Whether nothing is moved."""
-        return not self._transformed or self.method.epsilon == 0
+        return (self._transformed is None and not self._is_dropped) or self.method.epsilon == 0
 
     def begin(self, random: RandomState) -> None:
         """Start at 0."""
         self.measured = Measurements()
-        self._active, self._transformed, self._scale = [], [], ScaleOperator([], 0)
+        self._active, self._transformed, self._scale = [], None, None
+        self._is_dropped = self._is_folded = False
         self._random, self._num_moves = random, 0
         if self.method.mask == "random":
             keep = 1.0 - float(self.method.sparsity or 0.0)
@@ -110,18 +125,27 @@ class WeightPerturbation:
     # -- the ascent ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def advance(self, gradients: Gradients, unit: float) -> bool:
-        """Take an ascent step; a gradient that is zero or not finite makes the perturbation 0 and is counted."""
+    def advance(self, gradients: Gradients, unit: float, *, overwrite: bool = False) -> bool:
+        """Take an ascent step; a gradient that is zero or not finite makes the perturbation 0 and is counted.
+
+        Args:
+            gradients: one for each parameter, or None.
+            unit: factor that brings them into the method's unit.
+            overwrite: nothing else needs them any more.
+
+        Returns:
+            Whether the gradient is finite.
+        """
         first = not self._active
         if first:
             self._activate([i for i, gradient in enumerate(gradients) if gradient is not None])
-        ascent = [self._ascent_tensor(i, gradients[i]) for i in self._active]
-        norm = vector_norm(ascent, 2.0) * unit if ascent else torch.zeros(())
+        ascent = self._ascent(gradients, overwrite)
+        norm = ascent.norm(2.0) * unit if self._active else torch.zeros(())
         if first:
             self.measured.gradient_norm = norm
         is_finite = bool(torch.isfinite(norm))
         if is_finite and norm > 0:
-            if not self._scale.factors:
+            if self._scale is None:
                 self._build_scale(ascent, unit)
             self._step_(ascent, unit)
         else:
@@ -134,38 +158,40 @@ class WeightPerturbation:
         """Take a step of length epsilon along a Gaussian direction, in the coordinates ``T^-1 a``."""
         if not self._active:  # else a clean pass has shown which parameters have a gradient
             self._activate(range(len(self.space.tensors)))
-        direction = self._gaussian(random, "direction")
-        if not self._scale.factors:
+        direction = Vector(self._gaussian(random, "direction"))
+        if self._scale is None:
             self._build_scale(direction, 1.0)
-        normalize_(direction, self.method.norm, self._norms)
-        scale_(direction, self.method.epsilon)
-        self._transformed = direction
+        self._transformed = self._ball.normalize_(direction).scale_(self.method.epsilon)
 
     def _activate(self, present: Sequence[int]) -> None:
         self._active = [i for i in present if self.space.perturbed[i] and self.space.tensors[i].numel()]
-        if self.method.ball == "group":
-            self._norms = self._groups().norms
+        groups = self._groups() if self.method.ball == "group" else ALL
+        self._ball = Ball(self.method.norm, self.method.epsilon, groups)
 
     def _groups(self) -> Groups:
         return Groups(self.method.granularity, [self.space.layers[i] for i in self._active])
 
-    def _ascent_tensor(self, i: int, gradient: Tensor | None) -> Tensor:
-        """A copy of the gradient that may be overwritten, in float32 or better."""
-        weight = self._anchor(i)
-        if gradient is None:
-            return torch.zeros_like(weight)
-        return dense(gradient).to(weight.dtype, copy=True)
+    def _ascent(self, gradients: Gradients, overwrite: bool) -> Vector:
+        """The gradient of the active parameters, dense and in float32 or better."""
+        tensors, is_owned = [], True
+        for i in self._active:
+            gradient, anchor = gradients[i], self._anchor(i)
+            tensor = torch.zeros_like(anchor) if gradient is None else dense(gradient).to(anchor.dtype)
+            if gradient is not None and not gradient.is_sparse and tensor.data_ptr() == gradient.data_ptr():
+                is_owned = is_owned and overwrite
+            tensors.append(tensor)
+        return Vector(tensors, is_owned)
 
     def _anchor(self, i: int) -> Tensor:
         """Unperturbed weights of parameter `i` in float32 or better: the optimizer's masters where there are any."""
         master = self.space.masters[i]
         return at_least_float32(self._backup[i] if master is None else master.detach())
 
-    def _build_scale(self, ascent: Sequence[Tensor], unit: float) -> None:
+    def _build_scale(self, ascent: Vector, unit: float) -> None:
         self._scale = build_scale(
             self.method.scale,
             self._groups(),
-            [self._anchor(i) for i in self._active],
+            Vector([self._anchor(i) for i in self._active], owned=False),
             ascent,
             unit=unit,
             eta=self.method.asam_eta,
@@ -173,33 +199,42 @@ class WeightPerturbation:
         )
         self.measured.num_capped = self._scale.num_capped
 
-    def _step_(self, ascent: list[Tensor], unit: float) -> None:
+    def _step_(self, ascent: Vector, unit: float) -> None:
         """Add a step to ``T^-1 a`` and project. Overwrites `ascent`."""
-        for gradient, factor in zip(ascent, self._scale.factors, strict=True):
-            if factor is not None:
-                gradient.mul_(factor)
-        norm = vector_norm(ascent, torch.inf)
+        if self._factors is not None:
+            ascent.scale_(self._factors)
+        norm = ascent.norm(2.0)
         if not (torch.isfinite(norm) and norm > 0):
             self._skip()
             return
         if self.method.step_rule == "steepest":
-            scale_(steepest_direction_(ascent, self.method.norm, self._norms), self.method.eta)
+            self._ball.steepest_(ascent).scale_(self.method.eta)
         else:
-            scale_(ascent, self.method.eta * unit)
-        if self._transformed:
-            torch._foreach_add_(ascent, self._transformed)
-        project_(ascent, self.method.norm, self.method.epsilon, self._norms)
-        self._transformed = ascent
+            ascent.scale_(self.method.eta * unit)
+        if self._transformed is not None:
+            ascent.add_(self._transformed)
+        self._transformed = self._ball.project_(ascent)
+
+    @property
+    def _factors(self) -> Tensor | list[Tensor] | None:
+        """T, where it is not 1."""
+        return None if self._scale is None else self._scale.factors
 
     def _skip(self) -> None:
         self.measured.num_skipped += 1
-        self._transformed = []
+        self._transformed = None
 
     # -- the move --------------------------------------------------------------------------------------------------
 
-    def applied(self) -> AbstractContextManager[None]:
-        """Move the weights for one pass; they are copied back bit for bit, also after an exception."""
-        return nullcontext() if self.is_zero else self._moved(self._perturbations)
+    def applied(self, *, final: bool = False) -> AbstractContextManager[None]:
+        """Move the weights for one pass; they are copied back bit for bit, also after an exception.
+
+        Args:
+            final: it is the last move: what it was is measured, then forgotten, since it takes memory.
+        """
+        if self.is_zero or self._transformed is None:
+            return nullcontext()
+        return self._moved(self._perturbation, final)
 
     @contextmanager
     def shifted(self, direction: Sequence[Tensor], sign: float) -> Iterator[None]:
@@ -209,31 +244,34 @@ class WeightPerturbation:
             direction: one tensor for each parameter that may move, from ``gaussian``.
             sign: 1 or -1.
         """
-        with self._moved(lambda: ((i, sign * d) for i, d in zip(self._movable(), direction, strict=True))):
+        with self._moved(lambda: ((i, d, sign) for i, d in zip(self._movable(), direction, strict=True))):
             yield
 
     def gaussian(self, random: RandomState) -> list[Tensor]:
         """Draw a Gaussian direction for all weights that may move, rescaled to 2-norm epsilon (delta-SAM 5.2)."""
         self._active = self._movable()
-        direction = self._gaussian(random, "probe")
+        direction = Vector(self._gaussian(random, "probe"))
         self._active = []
-        normalize_(direction, 2.0)
-        scale_(direction, self.method.epsilon)
-        return direction
+        return Ball(2.0).normalize_(direction).scale_(self.method.epsilon).numbers()
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Measure the change that the weights undergo now."""
-        if self.is_zero:
+        """Measure the change that the weights undergo: in float32 what is added to them, else what is left of it."""
+        if self.is_zero or self._transformed is None:
             return
-        moved = [self.space.tensors[i].detach().to(self._anchor(i).dtype) - self._backup[i] for i in self._active]
-        self.measured.perturbation_norm = vector_norm(moved, self.method.norm)
         if any(self._backup[i].dtype in HALF for i in self._active):
+            moved = [self.space.tensors[i].detach().to(self._anchor(i).dtype) - self._backup[i] for i in self._active]
+            self.measured.perturbation_norm = vector_norm(moved, self.method.norm)
             self.measured.survived = self._survived(moved)
+        elif self._is_plain:
+            self.measured.perturbation_norm = self._vector().norm(self.method.norm)
+        else:
+            values = [value if factor is None else value * factor for _, value, factor in self._perturbation()]
+            self.measured.perturbation_norm = vector_norm(values, self.method.norm)
 
     def _survived(self, moved: Sequence[Tensor]) -> Tensor:
         """The part of the perturbation that the change contains: ``<change, a> / <a, a>``, at most 1."""
-        wanted = [perturbation for _, perturbation in self._perturbations()]
+        wanted = [value if factor is None else value * factor for _, value, factor in self._perturbation()]
         products = torch.stack([torch.sum(m * a, dtype=torch.float64) for m, a in zip(moved, wanted, strict=True)])
         square = vector_norm(wanted, 2.0) ** 2
         return (products.sum() / square.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0.0, 1.0)
@@ -255,21 +293,63 @@ class WeightPerturbation:
         weights = {id(tensor): value for tensor, value in zip(self.space.tensors, self._backup, strict=True)}
         return self._places.call(model, weights, args, kwargs)
 
-    def _perturbations(self) -> Iterator[tuple[int, Tensor]]:
-        for i, transformed, factor in zip(self._active, self._transformed, self._scale.factors, strict=True):
-            perturbation = transformed if factor is None else transformed * factor
-            mask = self._masks[i]
-            yield i, perturbation if mask is None else perturbation * mask
+    @property
+    def _is_plain(self) -> bool:
+        """Whether T and the mask are one number for each tensor at most."""
+        return not isinstance(self._factors, list) and not any(isinstance(mask, Tensor) for mask in self._mask())
+
+    def _mask(self) -> list[Tensor | float | None]:
+        """What each active parameter's perturbation is still to be multiplied by."""
+        return [None if self._is_folded else self._masks[i] for i in self._active]
+
+    def _fold(self) -> None:
+        """Multiply T and the mask in; no step can follow."""
+        assert self._transformed is not None, "something is moved"
+        if not self._is_plain:
+            for factors in (self._factors, self._mask()):
+                if factors is not None:
+                    self._transformed.scale_(factors)
+            self._scale, self._is_folded = None, True
+
+    def _vector(self) -> Vector:
+        """The perturbation itself, where it is plain."""
+        assert self._transformed is not None, "something is moved"
+        vector = self._transformed.shared()
+        if isinstance(self._factors, Tensor):
+            vector.scale_(self._factors)
+        if any(mask is not None for mask in self._mask()):
+            numbers = [1.0 if mask is None else float(mask) for mask in self._mask()]
+            vector.scale_(torch.tensor(numbers, dtype=torch.float64, device=vector.tensors[0].device))
+        return vector
+
+    def _perturbation(self) -> Iterator[Part]:
+        assert self._transformed is not None, "something is moved"
+        if self._is_plain:
+            for i, (tensor, factor) in zip(self._active, self._vector().parts(), strict=True):
+                yield i, tensor, factor
+            return
+        own = self._factors if self._factors is not None else [None] * len(self._active)
+        for i, (tensor, factor), *others in zip(
+            self._active, self._transformed.parts(), own, self._mask(), strict=True
+        ):
+            for each in others:
+                tensor = tensor if each is None else tensor * each
+            yield i, tensor, factor
 
     @contextmanager
-    def _moved(self, perturbations: Callable[[], Iterable[tuple[int, Tensor]]]) -> Iterator[None]:
+    def _moved(self, parts: Callable[[], Iterable[Part]], final: bool = False) -> Iterator[None]:
         generators = self._generators(f"rounding{self._num_moves}")
         self._num_moves += 1
         try:
             self._is_moved = True
             with torch.no_grad():
-                for i, perturbation in perturbations():
-                    self._put(i, self._anchor(i) + perturbation, generators)
+                if final:
+                    self._fold()
+                for i, value, factor in parts():
+                    self._add(i, value, factor, generators)
+            if final:
+                self.measure()
+                self._transformed, self._scale, self._is_dropped = None, None, True
             torch.clear_autocast_cache()  # an autocast around all passes would go on with casts of the unperturbed
             yield
         finally:
@@ -282,12 +362,19 @@ class WeightPerturbation:
                     self.restore()
                     raise
 
-    def _put(self, i: int, value: Tensor, generators: Callable[[torch.device], torch.Generator]) -> None:
-        """Set the weights of parameter `i`."""
+    def _add(
+        self, i: int, value: Tensor, factor: Factor | None, generators: Callable[[torch.device], torch.Generator]
+    ) -> None:
+        """Move the weights of parameter `i` by a factor of a value."""
         tensor = self.space.tensors[i]
+        if tensor.dtype == value.dtype and self.space.masters[i] is None:
+            add_scaled_(tensor.data, value, factor)
+            return
+        anchor = self._anchor(i)
+        moved = torch.add(anchor, value) if factor is None else anchor + value * factor
         if self.method.rounding == "stochastic" and tensor.dtype in HALF:
-            value = round_stochastically(value, tensor.dtype, generators(tensor.device))
-        tensor.data.copy_(value)
+            moved = round_stochastically(moved, tensor.dtype, generators(tensor.device))
+        tensor.data.copy_(moved)
 
     def _generators(self, stream: str) -> Callable[[torch.device], torch.Generator]:
         """A generator for each device, made when it is asked for."""
@@ -342,13 +429,13 @@ class EmbeddingPerturbation:
         self._deltas, self._leaves, self._random = [], {}, random
 
     @torch.no_grad()
-    def advance(self, gradients: Gradients, unit: float) -> bool:
+    def advance(self, gradients: Gradients, unit: float, *, overwrite: bool = False) -> bool:
         """Take an ascent step along the gradients that the pass left at the embeddings."""
         if self.is_zero:
             return all(g is None or bool(torch.isfinite(g).all()) for g in gradients)
         leaves = [self._leaves[call].grad for call in range(len(self._deltas))] if self._leaves else []
-        ascent = [torch.zeros_like(d) if g is None else g.clone() for d, g in zip(self._deltas, leaves, strict=True)]
-        norm = vector_norm(ascent, 2.0) * unit if ascent else torch.zeros(())
+        ascent = Vector([torch.zeros_like(d) if g is None else g for d, g in zip(self._deltas, leaves, strict=True)])
+        norm = ascent.norm(2.0) * unit if ascent.tensors else torch.zeros(())
         if not self.measured.gradient_norm:
             self.measured.gradient_norm = norm
         is_finite = bool(torch.isfinite(norm))
@@ -357,18 +444,16 @@ class EmbeddingPerturbation:
             self.measured.num_overflows += not is_finite
             self._deltas = [torch.zeros_like(delta) for delta in self._deltas]
             return is_finite
-        norms = Groups("sentence").norms
+        ball = Ball(self.method.norm, self.method.epsilon, Groups("sentence"))
         if self.method.step_rule == "steepest":
-            scale_(steepest_direction_(ascent, self.method.norm, norms), self.method.eta)
+            ball.steepest_(ascent).scale_(self.method.eta)
         else:
-            scale_(ascent, self.method.eta * unit)
-        torch._foreach_add_(ascent, self._deltas)
-        project_(ascent, self.method.norm, self.method.epsilon, norms)
-        self._deltas = ascent
+            ascent.scale_(self.method.eta * unit)
+        self._deltas = ball.project_(ascent.add_(Vector(self._deltas))).numbers()
         return True
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self, *, final: bool = False) -> Iterator[None]:
         """Add the perturbation to the embeddings' outputs for one pass."""
         if self.is_zero:
             yield
@@ -390,7 +475,7 @@ class EmbeddingPerturbation:
     def measure(self) -> None:
         """Nothing to do before the pass: the last ascent step knows the perturbation."""
         if self._deltas:
-            norms = [norm.max() for norm in Groups("sentence").norms(self._deltas, self.method.norm)]
+            norms = [norm.max() for norm in Groups("sentence").norms(Vector(self._deltas), self.method.norm)]
             self.measured.perturbation_norm = torch.stack(norms).max()
 
     def _perturb(self, call: int, is_token: Tensor, output: Tensor) -> Tensor:

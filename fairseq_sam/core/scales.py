@@ -1,20 +1,21 @@
 """The diagonal operator T: one positive number for each group of parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fairseq_sam.core.groups import Groups
+from fairseq_sam.core.vectors import Vector
 
 
 class Strengths(NamedTuple):
-    """What a scale may depend on, for one tensor's groups. All but `total` broadcast against the tensor."""
+    """What a scale may depend on: numbers for each tensor, shape (N,), or for the groups of one tensor."""
 
-    weight: Tensor  # ||w_i||_2
-    gradient: Tensor  # ||g_i||_2, in the method's gradient unit
+    weight: Any  # ||w_i||_2, of a scale that is weight-based
+    gradient: Any  # ||g_i||_2, in the method's gradient unit, of a scale that is gradient-based
     number: Tensor | float  # n_i
     total: float  # n
     eta: float  # asam_eta
@@ -26,11 +27,13 @@ class Scale:
 
     Attributes:
         formula: T from the strengths of a group.
+        weight_based: T has the weights' norm in it.
         gradient_based: T has the gradient's norm in its denominator, so it is capped.
         element_only: T is defined for single weights alone.
     """
 
     formula: Callable[[Strengths], Tensor]
+    weight_based: bool = False
     gradient_based: bool = False
     element_only: bool = False
 
@@ -46,12 +49,12 @@ def _root(x: Tensor | float) -> Tensor | float:
 
 
 SCALES: dict[str, Scale] = {
-    "one": Scale(lambda s: torch.ones_like(s.weight)),
-    "weight_abs": Scale(lambda s: s.weight + s.eta, element_only=True),
-    "weight_norm": Scale(lambda s: s.weight),
-    "weight_over_gradient": Scale(lambda s: _divide(s.weight, s.gradient), gradient_based=True),
+    "one": Scale(lambda s: torch.ones_like(s.weight), weight_based=True),
+    "weight_abs": Scale(lambda s: s.weight + s.eta if s.eta else s.weight, weight_based=True, element_only=True),
+    "weight_norm": Scale(lambda s: s.weight, weight_based=True),
+    "weight_over_gradient": Scale(lambda s: _divide(s.weight, s.gradient), weight_based=True, gradient_based=True),
     "inverse_gradient": Scale(lambda s: _divide(1.0, s.gradient), gradient_based=True),
-    "weight_over_sqrt_n": Scale(lambda s: s.weight / _root(s.number)),
+    "weight_over_sqrt_n": Scale(lambda s: s.weight / _root(s.number), weight_based=True),
     "gradient_strength": Scale(lambda s: _divide(_root(s.number), s.gradient * _root(s.total)), gradient_based=True),
 }
 
@@ -60,19 +63,20 @@ class ScaleOperator(NamedTuple):
     """T for a list of tensors.
 
     Attributes:
-        factors: for each tensor, T broadcastable to it, or None where T = 1.
+        factors: T, a number for each tensor (shape (N,), float64), or a tensor for each, broadcastable to it; None
+            where T = 1.
         num_capped: how many groups the cap reduced (a 0-dimensional tensor, or 0).
     """
 
-    factors: list[Tensor | None]
+    factors: Tensor | list[Tensor] | None
     num_capped: Tensor | int
 
 
 def build_scale(
     name: str,
     groups: Groups,
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    weights: Vector,
+    gradients: Vector,
     *,
     unit: float = 1.0,
     eta: float = 0.0,
@@ -83,7 +87,7 @@ def build_scale(
     Args:
         name: key of ``SCALES``.
         groups: what one group is.
-        weights: the perturbed weights, float32 or better.
+        weights: the perturbed weights.
         gradients: their gradients, same shapes.
         unit: factor that brings the gradients into the method's unit, > 0.
         eta: ``asam_eta``.
@@ -93,21 +97,29 @@ def build_scale(
         T, and the number of groups that were capped.
     """
     if name == "one":
-        return ScaleOperator([None] * len(weights), 0)
+        return ScaleOperator(None, 0)
     scale = SCALES[name]
-    factors = [scale.formula(strength) for strength in _strengths(groups, weights, gradients, unit, eta)]
-    num_capped: Tensor | int = 0
+    cap: Tensor | None = None
     if scale.gradient_based and max_scale != float("inf"):
-        model_wise = scale.formula(_strengths(Groups("model"), weights, gradients, unit, eta)[0])
-        cap = model_wise * max_scale
-        num_capped = groups.num_flagged([factor > cap for factor in factors])
-        factors = [torch.minimum(factor, cap.to(factor.device, factor.dtype)) for factor in factors]
-    return ScaleOperator([f.to(w.device, w.dtype) for f, w in zip(factors, weights, strict=True)], num_capped)
+        cap = _factors(scale, Groups("model"), weights, gradients, unit, eta)[0] * max_scale
+    factors = _factors(scale, groups, weights, gradients, unit, eta)
+    if cap is None:
+        return ScaleOperator(factors, 0)
+    if isinstance(factors, Tensor):
+        return ScaleOperator(torch.minimum(factors, cap), groups.num_flagged(factors > cap))
+    num_capped = groups.num_flagged([factor > cap for factor in factors])
+    return ScaleOperator([torch.minimum(f, cap.to(f.device, f.dtype)) for f in factors], num_capped)
 
 
-def _strengths(
-    groups: Groups, weights: Sequence[Tensor], gradients: Sequence[Tensor], unit: float, eta: float
-) -> list[Strengths]:
-    total = float(sum(weight.numel() for weight in weights))
-    rows = zip(groups.norms(weights), groups.norms(gradients), groups.sizes(weights), strict=True)
-    return [Strengths(w, g * unit, n, total, eta) for w, g, n in rows]
+def _factors(
+    scale: Scale, groups: Groups, weights: Vector, gradients: Vector, unit: float, eta: float
+) -> Tensor | list[Tensor]:
+    total, sizes = float(sum(tensor.numel() for tensor in weights.tensors)), groups.sizes(weights.tensors)
+    of_weights = groups.norms(weights) if scale.weight_based else None
+    of_gradients = groups.norms(gradients.shared().scale_(unit)) if scale.gradient_based else None
+    norms = of_weights if of_gradients is None else of_gradients
+    if isinstance(norms, Tensor):
+        return scale.formula(Strengths(of_weights, of_gradients, norms.new_tensor(sizes), total, eta))
+    nothing = [None] * len(sizes)
+    rows = zip(of_weights or nothing, of_gradients or nothing, sizes, strict=True)
+    return [scale.formula(Strengths(w, g, n, total, eta)) for w, g, n in rows]

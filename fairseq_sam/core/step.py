@@ -25,7 +25,7 @@ from fairseq_sam.core.method import Method
 from fairseq_sam.core.perturbation import EmbeddingPerturbation, Measurements, WeightPerturbation
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.tensors import Gradients, add, add_all, at_least_float32
+from fairseq_sam.core.tensors import Gradients, add, add_all, at_least_float32, without_views
 from fairseq_sam.core.unperturbed import running
 
 # Given the gradients of an ascent pass and what the pass returned: the gradients to ascend, and their unit factor.
@@ -73,7 +73,7 @@ class SharpnessAwareStep(Generic[Result]):
                 raise ValueError("where (--sam-where) embeddings needs the model's word embeddings")
             self._perturbation = EmbeddingPerturbation(method, embeddings)
         else:
-            self._perturbation = WeightPerturbation(method, space, self._memory.masks(space))
+            self._perturbation = WeightPerturbation(method, space, self._memory.masks(space), self._memory.backup)
         self._num_parts = 0
         self._begin()
 
@@ -132,8 +132,9 @@ class SharpnessAwareStep(Generic[Result]):
                 self._perturbation.restore()  # quant-noise overwrites weights in the forward pass
             self._ascent_passes += share
             first = first or [result]
-            gradients = self.space.take_gradients()
-            is_finite = self._perturbation.advance(*ascent_gradient(gradients, result))
+            gradients = without_views(self.space.take_gradients())
+            keeps = self.method.needs_clean_gradient  # the descent, which is given them next
+            is_finite = self._perturbation.advance(*ascent_gradient(gradients, result), overwrite=not keeps)
             if is_finite or k == 0:  # what goes wrong at w must reach the base optimizer and the loss scaler
                 self._descent.observe(gradients, float(result.sample_size))
             if k == 0:
@@ -250,7 +251,7 @@ class SharpnessAwareStep(Generic[Result]):
         try:
             selected, share = self._select(batch, offset)
             with _gradient_hooks(self.space.tensors, prior, combine, hooks) if in_backward else nullcontext():
-                with self._perturbation.applied(), running(self._perturbation):
+                with self._perturbation.applied(final=finish), running(self._perturbation):
                     result = selected.run()
                     self._perturbation.measure()
         except BaseException:
@@ -299,13 +300,13 @@ class SharpnessAwareStep(Generic[Result]):
         self, prior: Gradients, gradients: Gradients, finish: bool, shared: bool, reduce: Reduce
     ) -> Gradients:
         if shared:
-            gradients, prior = add_all(prior, gradients), [None] * len(prior)
+            gradients, prior = add_all(prior, gradients, overwrite=True), [None] * len(prior)
             if not finish:
                 return gradients
         if self.method.between == "reuse":
             self._keep_component(gradients, reduce)
         combined = self._descent.combine_all(gradients, self._sample_size, reduce)
-        return add_all(prior, [self._told(gradient) for gradient in combined])
+        return add_all(prior, [self._told(gradient) for gradient in combined], overwrite=True)
 
     def _keep_component(self, gradients: Gradients, reduce: Reduce) -> None:
         """Remember the sharpness component; a step that did not move has none."""

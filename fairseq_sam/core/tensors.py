@@ -30,6 +30,25 @@ def add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first + second
 
 
-def add_all(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Gradients:
-    """Sum of two lists of gradients."""
-    return [add(a, b) for a, b in zip(first, second, strict=True)]
+def add_all(first: Sequence[Tensor | None], second: Sequence[Tensor | None], *, overwrite: bool = False) -> Gradients:
+    """Sum of two lists of gradients.
+
+    Args:
+        first: gradients, which stay as they are.
+        second: gradients.
+        overwrite: whether the second may be overwritten.
+    """
+    return [
+        b.add_(a) if overwrite and a is not None and b is not None and is_own(b, a) else add(a, b)
+        for a, b in zip(first, second, strict=True)
+    ]
+
+
+def without_views(gradients: Gradients) -> Gradients:
+    """Copy gradients that are views, such as those into the buckets of torch's DDP: the next backward writes there."""
+    return [None if g is None else g.clone() if g._is_view() else g for g in gradients]
+
+
+def is_own(gradient: Tensor, other: Tensor) -> bool:
+    """Whether a gradient has memory of its own that a result with the other fits into."""
+    return not (gradient.is_sparse or other.is_sparse or gradient._is_view()) and gradient.dtype == other.dtype

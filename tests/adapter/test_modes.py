@@ -22,7 +22,7 @@ PRESET = pytest.mark.parametrize("preset", PRESETS)
 # Perturbations so large that their gradient is far from the plain one, next to which rounding is small.
 RADIUS = {
     "sam": 0.5, "asam": 2.0, "layer_sam": 0.05, "multistep_defense": 0.02, "ga_sam": 0.1, "efficient_sam": 0.5,
-    "msam": 0.5, "fisher_sam": 1.0, "esam": 0.5, "gsam": 0.5, "delta_sam": 2.0, "instance_sam": 0.3, "random_sam": 6.0,
+    "msam": 0.5, "fisher_sam": 1.0, "esam": 0.5, "gsam": 0.5, "delta_sam": 2.5, "instance_sam": 0.3, "random_sam": 6.0,
     "model_perturbation": 0.5, "awp": 0.3, "look_sam": 0.5, "freelb": 0.5,
 }  # fmt: skip
 BASE = [*runs.TRANSLATION, "--dropout", "0", "--max-tokens", "100"]

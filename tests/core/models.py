@@ -5,6 +5,18 @@ import torch
 from torch import nn
 
 from fairseq_sam import PRESETS, InstanceBatch, Method
+from fairseq_sam.core.scales import ScaleOperator, build_scale
+from fairseq_sam.core.vectors import Vector
+
+
+def scale_of(name, groups, weights, gradients, **options):
+    """T of each tensor, broadcastable to it, and how many groups were capped."""
+    found = build_scale(
+        name, groups, Vector(list(weights), owned=False), Vector(list(gradients), owned=False), **options
+    )
+    if found.factors is None:
+        return ScaleOperator([torch.ones((), dtype=torch.float64)] * len(weights), 0)
+    return found
 
 
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:

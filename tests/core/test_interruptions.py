@@ -114,7 +114,7 @@ def test_every_moment_of_a_move_and_a_restore(error):
     moved = [n for n, (file, _) in enumerate(outcomes.places) if file.endswith("perturbation.py")]
     from fairseq_sam.core.perturbation import WeightPerturbation as Weights
 
-    codes = [f.__code__ for f in (Weights._moved.__wrapped__, Weights.restore, Weights._put, Weights._perturbations)]
+    codes = [f.__code__ for f in (Weights._moved.__wrapped__, Weights.restore, Weights._add, Weights._perturbation)]
     starts = {code.co_firstlineno for code in codes}
     critical = [n for n in moved if outcomes.places[n][1] >> 16 in starts]
     assert len(critical) > 500

@@ -11,9 +11,8 @@ from torch import nn
 from fairseq_sam import PRESETS, InstanceBatch, SharpnessAware
 from fairseq_sam.core.batch import ClosureBatch
 from fairseq_sam.core.groups import Groups
-from fairseq_sam.core.scales import build_scale
 from fairseq_sam.core.step import SharpnessAwareStep
-from tests.core.models import SETTINGS, batch, closure_of, feed, flat, groups_of, loss_of, mlp, model_for
+from tests.core.models import SETTINGS, batch, closure_of, feed, flat, groups_of, loss_of, mlp, model_for, scale_of
 
 PRESET = pytest.mark.parametrize("preset", PRESETS)
 # Presets whose only perturbation is that of the whole batch, by its gradient, in one ball.
@@ -66,11 +65,11 @@ def test_perturbation_stays_in_the_ball(preset, norm):
     method, before, seen = sam.method.at(0.05), flat(model.parameters()), []
     grads = torch.autograd.grad(loss_of(model, data), list(model.parameters()))
     groups = Groups(method.granularity, [0, 0, 1, 1, 2, 2])
-    T = build_scale(
+    T = scale_of(
         method.scale, groups, [p.detach() for p in model.parameters()], grads,
         eta=method.asam_eta, max_scale=method.max_scale,
     )  # fmt: skip
-    factors = flat(torch.ones_like(p) if f is None else f.expand_as(p) for f, p in zip(T.factors, grads, strict=True))
+    factors = flat(f.expand_as(p) for f, p in zip(T.factors, grads, strict=True))
     sam.step(feed(method, model, data, lambda: seen.append(flat(model.parameters()) - before)))
     passes = [a for a in seen if a.any()]
     assert not seen[0].any() and len(passes) >= 4
@@ -398,11 +397,11 @@ def test_a_group_of_rounding_noise_explodes_without_the_cap():
     weights = [torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
     gradients = [torch.full((4,), 0.5, dtype=torch.float64), torch.full((4,), 1e-19, dtype=torch.float64)]
     args = ("gradient_strength", Groups("tensor"), weights, gradients)
-    free, capped = build_scale(*args), build_scale(*args, max_scale=1000.0)
+    free, capped = scale_of(*args), scale_of(*args, max_scale=1000.0)
     assert float(free.factors[1]) > 1e18 and free.num_capped == 0
     assert float(capped.factors[1]) == pytest.approx(1000.0 / 1.0) and capped.num_capped == 1
     assert capped.factors[0] == free.factors[0]
-    by_layer = build_scale("gradient_strength", Groups("layer", [0, 0]), *args[2:], max_scale=1000.0)
+    by_layer = scale_of("gradient_strength", Groups("layer", [0, 0]), *args[2:], max_scale=1000.0)
     assert by_layer.num_capped == 0 and float(by_layer.factors[1]) == pytest.approx(1.0)
 
 
@@ -411,7 +410,7 @@ def test_groups_follow_modules():
     model = mlp()
     assert len(np.unique(groups_of(model, "layer"))) == 3
     weights = [p.detach() for p in model.parameters()]
-    factors = build_scale("weight_norm", Groups("layer", [0, 0, 1, 1, 2, 2]), weights, weights).factors
+    factors = scale_of("weight_norm", Groups("layer", [0, 0, 1, 1, 2, 2]), weights, weights).factors
     expected = math.hypot(float(weights[0].norm()), float(weights[1].norm()))
     assert float(factors[0]) == float(factors[1]) == pytest.approx(expected, rel=1e-12)
 

@@ -10,8 +10,10 @@ from torch import nn
 
 from fairseq_sam import SharpnessAware
 from fairseq_sam.core.groups import Groups
-from fairseq_sam.core.norms import global_norms, project_, steepest_direction_, vector_norm
-from fairseq_sam.core.scales import SCALES, build_scale
+from fairseq_sam.core.norms import vector_norm
+from fairseq_sam.core.scales import SCALES
+from fairseq_sam.core.vectors import Ball, Vector
+from tests.core.models import scale_of
 
 NORMS = st.sampled_from([1.01, 1.5, 2.0, 3.0, 10.0, math.inf])
 NUMBERS = st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.floats(-1e6, -1e-6))
@@ -39,6 +41,10 @@ def copies(values):
     return [value.clone() for value in values]
 
 
+def steepest(gradient, p):
+    return Ball(p).steepest_(Vector(copies(gradient))).numbers()
+
+
 def norm(values, p):
     return float(vector_norm(values, p))
 
@@ -46,11 +52,10 @@ def norm(values, p):
 @EXAMPLES
 @given(tensors(), NORMS, MAGNITUDES)
 def test_projection_is_inside_idempotent_and_leaves_the_inside_alone(values, p, radius):
-    once = copies(values)
-    project_(once, p, radius, global_norms)
+    ball = Ball(p, radius)
+    once = ball.project_(Vector(copies(values))).numbers()
     assert norm(once, p) <= radius * (1 + 1e-9)
-    twice = copies(once)
-    project_(twice, p, radius, global_norms)
+    twice = ball.project_(Vector(copies(once))).numbers()
     for a, b in zip(once, twice, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
     if norm(values, p) <= radius * (1 - 1e-9):
@@ -63,7 +68,7 @@ def test_the_steepest_direction_has_norm_one_and_the_dual_norm_as_slope(values, 
     """Hölder: of all directions of p-norm 1 it has the largest inner product with the gradient, the dual norm."""
     largest = max(float(v.abs().max()) for v in values if v.numel())
     gradient = [v / largest for v in values]
-    direction = steepest_direction_(copies(gradient), p, global_norms)
+    direction = steepest(gradient, p)
     assert norm(direction, p) == pytest.approx(1.0, rel=1e-8)
     slope = sum(float((d * g).sum()) for d, g in zip(direction, gradient, strict=True))
     dual = 1.0 if p == math.inf else p / (p - 1)
@@ -73,10 +78,45 @@ def test_the_steepest_direction_has_norm_one_and_the_dual_norm_as_slope(values, 
 @EXAMPLES
 @given(tensors(), NORMS, MAGNITUDES)
 def test_the_direction_does_not_depend_on_the_gradient_s_size(values, p, factor):
-    first = steepest_direction_(copies(values), p, global_norms)
-    second = steepest_direction_([v * factor for v in values], p, global_norms)
+    first, second = steepest(values, p), steepest([v * factor for v in values], p)
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+
+
+@EXAMPLES
+@given(tensors(), NORMS, MAGNITUDES, st.lists(MAGNITUDES, min_size=4, max_size=4), st.data())
+def test_factors_that_are_multiplied_in_late_change_nothing(values, p, radius, factors, data):
+    """Norms, directions, projections and sums of a vector with factors are those of the products."""
+    plain = [value * factor for value, factor in zip(values, factors, strict=False)]
+    other = data.draw(tensors([value.shape for value in values]))
+    length, signs = norm(plain, p), [value.sign() for value in plain]
+    shrunk = [value * min(1.0, radius / length) for value in plain]
+    clipped = [value.clamp(-radius, radius) for value in plain]
+    largest = max(float(value.abs().max()) for value in plain if value.numel())
+    powers = [v.sign() * (v.abs() / largest) ** (1 / (p - 1)) for v in plain] if p != math.inf else signs
+    directions = [value / (1.0 if p == math.inf else norm(powers, p)) for value in powers]
+
+    def lazy():
+        scale = torch.tensor(factors[: len(values)], dtype=torch.float64)
+        vector = Vector(values, owned=False)
+        assert float(vector.norm(2.0)) == pytest.approx(norm(values, 2.0))
+        return vector.scale_(scale)
+
+    assert float(lazy().norm(p)) == pytest.approx(length, rel=1e-9)
+    for found, expected in (
+        (lazy(), plain),
+        (lazy().sign_(), signs),
+        (Ball(p).steepest_(lazy()), directions),
+        (Ball(p, radius).project_(lazy()), clipped if p == math.inf else shrunk),
+        (Ball(p, radius).project_(Ball(p).steepest_(lazy())), [value * min(1.0, radius) for value in directions]),
+        (lazy().add_(Vector(other, owned=False).scale_(3.0)), [a + 3.0 * b for a, b in zip(plain, other, strict=True)]),
+        (lazy().scale_(copies(other)), [a * b for a, b in zip(plain, other, strict=True)]),
+    ):
+        assert norm(expected, 2.0) == pytest.approx(float(found.shared().norm(2.0)), rel=1e-8)
+        for a, b in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12 * max(1.0, largest))
+        for a, b in zip(found.numbers(), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12 * max(1.0, largest))
 
 
 @EXAMPLES
@@ -90,9 +130,9 @@ def test_scales_are_homogeneous(data, granularity, name, factor):
     groups = Groups(granularity, list(range(len(weights))))
     j = 1 if name.startswith("weight") else 0
     k = 1 if SCALES[name].gradient_based else 0
-    plain = build_scale(name, groups, weights, gradients).factors
-    scaled = build_scale(name, groups, [w * factor for w in weights], gradients).factors
-    steeper = build_scale(name, groups, weights, [g * factor for g in gradients]).factors
+    plain = scale_of(name, groups, weights, gradients).factors
+    scaled = scale_of(name, groups, [w * factor for w in weights], gradients).factors
+    steeper = scale_of(name, groups, weights, [g * factor for g in gradients]).factors
     for a, b, c in zip(plain, scaled, steeper, strict=True):
         if a is not None:
             torch.testing.assert_close(b, a * factor**j, rtol=1e-9, atol=1e-300)
