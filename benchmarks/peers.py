@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""Time a step of this engine beside those of other implementations, on the same model and batches.
+
+    python benchmarks/peers.py --models "Transformer, 5M" --tokens 512 4000 --out peers.tsv
+
+All run in plain PyTorch with torch's Adam: pytorch_optimizer's SAM, GSAM and LookSAM, and the usual two-step loop. Each
+has a model of its own with the same weights; in every round the two of a pair run one after the other, in turn. What is
+written is the median over the rounds of the peer's time over this engine's, and the memory beside model, gradient and
+base optimizer that lives when the last pass begins, in copies of the weights.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import fairseq.benchmark  # noqa: E402, F401  registers the tasks
+from benchmarks.models import MODELS, batches, quiet, trainer  # noqa: E402
+from benchmarks.steps import WARM_UPS, Clock  # noqa: E402
+from fairseq_sam import SharpnessAware  # noqa: E402
+from fairseq_sam.analysis.tables import write_rows  # noqa: E402
+from fairseq_sam.commands.common import Progress  # noqa: E402
+
+Closure = Callable[[], Tensor]
+Step = Callable[[Closure], Any]
+RADIUS, RATE = 0.05, 1e-4
+
+
+# -- peers: from a model, what takes a closure that runs forward and backward and returns the loss ------------------------
+
+
+def ours(method: str, **options: Any) -> Callable[[nn.Module], Step]:
+    """This engine."""
+
+    def build(model: nn.Module) -> Step:
+        adam = torch.optim.Adam(model.parameters(), lr=RATE)
+        return SharpnessAware(adam, model, method, epsilon=RADIUS, **options).step
+
+    return build
+
+
+def two_step_loop(model: nn.Module) -> Step:
+    """SAM as it is usually written: for each tensor the weights are stored, moved and put back."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(parameters, lr=RATE)
+
+    def step(closure: Closure) -> None:
+        adam.zero_grad()
+        closure()
+        with torch.no_grad():
+            norm = torch.stack([p.grad.norm(p=2) for p in parameters if p.grad is not None]).norm(p=2)
+            stored = {}
+            for p in parameters:
+                if p.grad is not None:
+                    stored[p] = p.data.clone()
+                    p.add_(p.grad * (RADIUS / (norm + 1e-12)))
+        adam.zero_grad()
+        closure()
+        with torch.no_grad():
+            for p, weight in stored.items():
+                p.data = weight
+        adam.step()
+
+    return step
+
+
+def packaged(name: str, **options: Any) -> Callable[[nn.Module], Step]:
+    """SAM or LookSAM of pytorch_optimizer."""
+
+    def build(model: nn.Module) -> Step:
+        import pytorch_optimizer
+
+        kind = getattr(pytorch_optimizer, name)
+        optimizer = kind(model.parameters(), base_optimizer=torch.optim.Adam, rho=RADIUS, lr=RATE, **options)
+
+        def again(closure: Closure) -> Tensor:
+            optimizer.zero_grad()
+            return closure()
+
+        def step(closure: Closure) -> None:
+            again(closure)
+            optimizer.step(lambda: again(closure))
+
+        return step
+
+    return build
+
+
+def packaged_gsam(model: nn.Module) -> Step:
+    """GSAM of pytorch_optimizer."""
+    import pytorch_optimizer
+
+    adam = torch.optim.Adam(model.parameters(), lr=RATE)
+    rates = torch.optim.lr_scheduler.ConstantLR(adam, factor=1.0)
+    radii = pytorch_optimizer.ProportionScheduler(rates, max_lr=RATE, min_lr=0.0, max_value=RADIUS, min_value=RADIUS)
+    optimizer = pytorch_optimizer.GSAM(
+        model.parameters(), base_optimizer=adam, model=model, rho_scheduler=radii, alpha=0.4
+    )
+    optimizer.update_rho_t()
+
+    def step(closure: Closure) -> None:
+        def both() -> tuple[None, Tensor]:
+            adam.zero_grad()
+            with torch.enable_grad():
+                return None, closure()
+
+        optimizer.step(both)
+
+    return step
+
+
+# Name, peer, this engine's counterpart.
+PAIRS: dict[str, tuple[Callable[[nn.Module], Step], Callable[[nn.Module], Step]]] = {
+    "two-step loop": (two_step_loop, ours("sam")),
+    "pytorch_optimizer SAM": (packaged("SAM"), ours("sam")),
+    "pytorch_optimizer GSAM": (packaged_gsam, ours("gsam", gsam_alpha=0.4, epsilon_min=RADIUS, lr_max=RATE)),
+    "pytorch_optimizer LookSAM": (packaged("LookSAM", k=5), ours("look_sam")),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Time each pair on each model and batch; write the table after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 4000], help="of a batch; default 512 4000")
+    parser.add_argument("--peers", nargs="+", choices=list(PAIRS), default=list(PAIRS), metavar="PEER")
+    parser.add_argument("--rounds", type=int, default=10, help="default %(default)s")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    parser.add_argument("--process-time", action="store_true", help="the processor's time, where other work runs")
+    parser.add_argument("--out", type=Path, required=True, help="the table")
+    args = parser.parse_args(arguments)
+    cuda = torch.cuda.is_available() and not args.cpu
+    clock = Clock("cuda" if cuda else "process" if args.process_time else "cpu")
+    rows: list[dict[str, Any]] = []
+    for name in args.models:
+        for tokens in args.tokens:
+            for peer in args.peers:
+                found = compared(name, tokens, peer, args.rounds, clock, cuda)
+                own = {"model": name, "tokens": tokens, "peer": peer, "device": "GPU" if cuda else "CPU"}
+                rows.append({**own, **found})
+                write_rows(args.out, rows)
+    print(f"written: {args.out}")
+
+
+def compared(name: str, tokens: int, peer: str, rounds: int, clock: Clock, cuda: bool) -> dict[str, Any]:
+    """Time the two steps of a pair; return the columns of the table."""
+    sides = [side(name, tokens, build, cuda) for build in PAIRS[peer]]
+    progress, times = Progress(f"{name}, {tokens} tokens, {peer}"), []
+    for number in range(rounds + WARM_UPS):
+        order = (0, 1) if number % 2 else (1, 0)
+        found = {place: clock(lambda place=place, number=number: sides[place](number)) for place in order}
+        times.append((found[0], found[1]))
+        progress(number + 1, rounds + WARM_UPS)
+    kept = times[WARM_UPS:]
+    periods = "Look" in peer  # its steps differ: the sums are compared
+    columns = {
+        "peer (s)": statistics.fmean(a for a, _ in kept),
+        "ours (s)": statistics.fmean(b for _, b in kept),
+        "peer over ours": sum(a for a, _ in kept) / sum(b for _, b in kept)
+        if periods
+        else statistics.median(a / b for a, b in kept),
+        "peer copies": sides[0].copies(),
+        "our copies": sides[1].copies(),
+        "rounds": rounds,
+    }
+    del sides
+    gc.collect()
+    return columns
+
+
+class side:  # noqa: N801
+    """A model with the steps of one implementation."""
+
+    def __init__(self, name: str, tokens: int, build: Callable[[nn.Module], Step], cuda: bool) -> None:
+        model = MODELS[name]
+        self._trainer = trainer(model, "--optimizer adam", tokens, cpu=not cuda)
+        self._data = batches(model, tokens, len(self._trainer.task.source_dictionary))
+        self._model: nn.Module = self._trainer.model
+        self._before = live_bytes()
+        self._step = build(self._model)
+        self._num_passes = self._last = 0
+        self._live = 0
+
+    def __call__(self, number: int) -> None:
+        """Run step `number`."""
+        sample, _ = self._trainer._prepare_sample(self._data[number % len(self._data)])
+        self._model.train()
+        self._num_passes = 0
+        self._step(lambda: self._closure(sample))
+
+    def _closure(self, sample: Any) -> Tensor:
+        self._num_passes += 1
+        if self._num_passes == self._last:
+            self._live = live_bytes()
+        loss, size, _ = self._trainer.criterion(self._model, sample)
+        (loss / size).backward()
+        return loss.detach() / size
+
+    def copies(self) -> float:
+        """Copies of the weights that live when the last pass of a step begins."""
+        self(0)
+        optimizer = 2  # Adam's moments
+        self._last = self._num_passes
+        self(0)
+        self._last = 0
+        weights = sum(p.numel() * p.element_size() for p in self._model.parameters())
+        return (self._live - self._before) / weights - optimizer
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that are referred to."""
+    gc.collect()
+    seen = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, Tensor):
+            storage = thing.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
+
+
+if __name__ == "__main__":
+    with quiet():
+        pass
+    main(sys.argv[1:])
