@@ -21,7 +21,7 @@ from fairseq_sam.core.tensors import Gradients
 Probe = Callable[[float], tuple[float, float]]
 SummedLoss = Callable[[Any], float]
 
-FRACTION = 0.1
+FRACTION = 0.01
 LEAST, MOST = 1e-7, 100.0
 PER_DECADE = 4
 NEGLIGIBLE = 0.03  # share of the wanted rise up to which radii grow by decades
