@@ -20,10 +20,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import fairseq.benchmark  # noqa: E402, F401  registers the tasks
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-import fairseq.benchmark  # noqa: E402, F401  registers the tasks
 from benchmarks.models import MODELS, batches, quiet, trainer  # noqa: E402
 from benchmarks.steps import WARM_UPS, Clock  # noqa: E402
 from fairseq_sam import SharpnessAware  # noqa: E402
@@ -35,7 +35,7 @@ Step = Callable[[Closure], Any]
 RADIUS, RATE = 0.05, 1e-4
 
 
-# -- peers: from a model, what takes a closure that runs forward and backward and returns the loss ------------------------
+# -- peers: from a model, what takes a closure that runs forward and backward and returns the loss ----------------------
 
 
 def ours(method: str, **options: Any) -> Callable[[nn.Module], Step]:
@@ -172,7 +172,6 @@ def compared(name: str, tokens: int, peer: str, rounds: int, clock: Clock, cuda:
         "our copies": sides[1].copies(),
         "rounds": rounds,
     }
-    del sides
     gc.collect()
     return columns
 
