@@ -24,7 +24,7 @@ import fairseq.benchmark  # noqa: E402, F401  registers the tasks
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.models import MODELS, batches, quiet, trainer  # noqa: E402
+from benchmarks.models import MODELS, batches, trainer  # noqa: E402
 from benchmarks.steps import WARM_UPS, Clock  # noqa: E402
 from fairseq_sam import SharpnessAware  # noqa: E402
 from fairseq_sam.analysis.tables import write_rows  # noqa: E402
@@ -35,7 +35,7 @@ Step = Callable[[Closure], Any]
 RADIUS, RATE = 0.05, 1e-4
 
 
-# -- peers: from a model, what takes a closure that runs forward and backward and returns the loss ----------------------
+# -- peers: from a model, what takes a closure that runs forward and backward and returns the loss ------------------------
 
 
 def ours(method: str, **options: Any) -> Callable[[nn.Module], Step]:
@@ -153,7 +153,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def compared(name: str, tokens: int, peer: str, rounds: int, clock: Clock, cuda: bool) -> dict[str, Any]:
     """Time the two steps of a pair; return the columns of the table."""
-    sides = [side(name, tokens, build, cuda) for build in PAIRS[peer]]
+    copies = [Side(name, tokens, build, cuda).copies() for build in PAIRS[peer]]
+    gc.collect()
+    sides = [Side(name, tokens, build, cuda) for build in PAIRS[peer]]
     progress, times = Progress(f"{name}, {tokens} tokens, {peer}"), []
     for number in range(rounds + WARM_UPS):
         order = (0, 1) if number % 2 else (1, 0)
@@ -168,15 +170,16 @@ def compared(name: str, tokens: int, peer: str, rounds: int, clock: Clock, cuda:
         "peer over ours": sum(a for a, _ in kept) / sum(b for _, b in kept)
         if periods
         else statistics.median(a / b for a, b in kept),
-        "peer copies": sides[0].copies(),
-        "our copies": sides[1].copies(),
+        "peer copies": copies[0],
+        "our copies": copies[1],
         "rounds": rounds,
     }
+    del sides
     gc.collect()
     return columns
 
 
-class side:  # noqa: N801
+class Side:
     """A model with the steps of one implementation."""
 
     def __init__(self, name: str, tokens: int, build: Callable[[nn.Module], Step], cuda: bool) -> None:
@@ -184,6 +187,7 @@ class side:  # noqa: N801
         self._trainer = trainer(model, "--optimizer adam", tokens, cpu=not cuda)
         self._data = batches(model, tokens, len(self._trainer.task.source_dictionary))
         self._model: nn.Module = self._trainer.model
+        self._trainer.valid_step(self._data[0])  # position embeddings are made in the first pass
         self._before = live_bytes()
         self._step = build(self._model)
         self._num_passes = self._last = 0
@@ -227,6 +231,4 @@ def live_bytes() -> int:
 
 
 if __name__ == "__main__":
-    with quiet():
-        pass
     main(sys.argv[1:])

@@ -53,9 +53,10 @@ class Backup:
 
     def restore(self) -> None:
         """Copy back what has moved."""
-        for i, is_copied in enumerate(self._is_copied):
-            if is_copied:
-                self._own[i].copy_(self._copies[i])
+        copied = [i for i, is_copied in enumerate(self._is_copied) if is_copied]
+        if copied:
+            torch._foreach_copy_([self._own[i] for i in copied], [self._copies[i] for i in copied])
+        for i in range(len(self._weights)):
             self._give_back(i)
 
     def _give_back(self, i: int) -> None:
