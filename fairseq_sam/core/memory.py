@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fairseq_sam.core.backup import Backup
+from fairseq_sam.core.backup import Room
 from fairseq_sam.core.fisher import SquaredGradients, top_mask
 from fairseq_sam.core.method import Method
 from fairseq_sam.core.space import ParameterSpace
@@ -27,7 +27,7 @@ class Memory:
         radii: what a search for the radius has found, in each update in which it measured; NaN where it found none.
         epsilon: the radius that the search has ended with; None before, or without a search.
         searched_with: settings of the search: names and numbers, words or None.
-        backup: memory for a copy of the weights, which is not part of a checkpoint.
+        room: memory for a copy of the weights, which is not part of a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Memory:
         self.radii: tuple[float, ...] = ()
         self.epsilon: float | None = None
         self.searched_with: dict[str, Any] = {}
-        self.backup = Backup()
+        self.room = Room()
         self._sums: Named | None = None
         self._num_instances = 0
         self._mask_update = 0  # update in which the collection began

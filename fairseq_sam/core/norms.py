@@ -88,10 +88,10 @@ def _cpu_norm(tensor: Tensor, p: float) -> Tensor | None:
         return torch.maximum(-least, most).double()
     whole = tensor.numel() - tensor.numel() % BLOCK
     flat = tensor.reshape(-1)
-    parts = [torch.linalg.vector_norm(flat[:whole].view(-1, BLOCK), p, dim=1)] if whole else []
+    parts = torch.linalg.vector_norm(flat[:whole].view(-1, BLOCK), p, dim=1)
     if whole < tensor.numel():
-        parts.append(torch.linalg.vector_norm(flat[whole:], p).reshape(1))
-    result: Tensor = torch.linalg.vector_norm(torch.cat(parts), p, dtype=torch.float64)
+        parts = torch.cat([parts, torch.linalg.vector_norm(flat[whole:], p).reshape(1)])
+    result: Tensor = torch.linalg.vector_norm(parts, p, dtype=torch.float64)
     return result if SAFE[0] < result < SAFE[1] else None  # squares outside leave the range of float32
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq_sam.core.backup import Backup
+from fairseq_sam.core.backup import Backup, Room
 from fairseq_sam.core.embeddings import WordEmbeddings
 from fairseq_sam.core.groups import Groups
 from fairseq_sam.core.method import Method
@@ -80,7 +80,7 @@ class WeightPerturbation:
         method: the method.
         space: the trained parameters; their weights are backed up here and restored bit for bit after every pass.
         masks: for each parameter, what the perturbation is multiplied by, or None.
-        backup: memory for the backup; no other perturbation that is still used may have the same.
+        room: memory for the backup; no other perturbation that is still used may have the same.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class WeightPerturbation:
         method: Method,
         space: ParameterSpace,
         masks: Sequence[Tensor | None] | None = None,
-        backup: Backup | None = None,
+        room: Room | None = None,
     ) -> None:
         self.method = method
         self.space = space
         self.measured = Measurements()
         self._masks: list[Tensor | float | None] = list(masks or [None] * len(space.tensors))
-        self._backup = (backup or Backup()).take(space.tensors)
+        self._backup = Backup(space.tensors, room or Room())
         self._active: list[int] = []  # parameters that have an ascent gradient and may move
         self._transformed: Vector | None = None  # T^-1 a of the active parameters
         self._scale: ScaleOperator | None = None
@@ -259,7 +259,7 @@ class WeightPerturbation:
         """Measure the change that the weights undergo: in float32 what is added to them, else what is left of it."""
         if self.is_zero or self._transformed is None:
             return
-        if any(self._backup[i].dtype in HALF for i in self._active):
+        if any(self.space.tensors[i].dtype in HALF for i in self._active):
             moved = [self.space.tensors[i].detach().to(self._anchor(i).dtype) - self._backup[i] for i in self._active]
             self.measured.perturbation_norm = vector_norm(moved, self.method.norm)
             self.measured.survived = self._survived(moved)
@@ -280,8 +280,7 @@ class WeightPerturbation:
         """Copy the unperturbed weights back."""
         self._places.put_back()
         with torch.no_grad():
-            for tensor, value in zip(self.space.tensors, self._backup, strict=True):
-                tensor.data.copy_(value)
+            self._backup.restore()
         torch.clear_autocast_cache()
         self._is_moved = False
         none_runs()
@@ -290,7 +289,7 @@ class WeightPerturbation:
         """Call the model at the unperturbed weights while they are moved."""
         if not self._is_moved:
             return model(*args, **kwargs)
-        weights = {id(tensor): value for tensor, value in zip(self.space.tensors, self._backup, strict=True)}
+        weights = {id(tensor): self._backup[i] for i, tensor in enumerate(self.space.tensors)}
         return self._places.call(model, weights, args, kwargs)
 
     @property
@@ -366,15 +365,15 @@ class WeightPerturbation:
         self, i: int, value: Tensor, factor: Factor | None, generators: Callable[[torch.device], torch.Generator]
     ) -> None:
         """Move the weights of parameter `i` by a factor of a value."""
-        tensor = self.space.tensors[i]
+        tensor = self._backup.before_move(i)
         if tensor.dtype == value.dtype and self.space.masters[i] is None:
-            add_scaled_(tensor.data, value, factor)
+            add_scaled_(tensor, value, factor)
             return
         anchor = self._anchor(i)
         moved = torch.add(anchor, value) if factor is None else anchor + value * factor
         if self.method.rounding == "stochastic" and tensor.dtype in HALF:
             moved = round_stochastically(moved, tensor.dtype, generators(tensor.device))
-        tensor.data.copy_(moved)
+        tensor.copy_(moved)
 
     def _generators(self, stream: str) -> Callable[[torch.device], torch.Generator]:
         """A generator for each device, made when it is asked for."""

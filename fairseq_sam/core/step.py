@@ -73,7 +73,7 @@ class SharpnessAwareStep(Generic[Result]):
                 raise ValueError("where (--sam-where) embeddings needs the model's word embeddings")
             self._perturbation = EmbeddingPerturbation(method, embeddings)
         else:
-            self._perturbation = WeightPerturbation(method, space, self._memory.masks(space), self._memory.backup)
+            self._perturbation = WeightPerturbation(method, space, self._memory.masks(space), self._memory.room)
         self._num_parts = 0
         self._begin()
 

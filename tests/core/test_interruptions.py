@@ -111,10 +111,16 @@ def test_bytecodes_of_a_step(preset, error):
 def test_every_moment_of_a_move_and_a_restore(error):
     """Every bytecode that moves weights or copies them back, in all passes of a step."""
     outcomes = Outcomes("ga_sam", "opcode", rounding="stochastic")
-    moved = [n for n, (file, _) in enumerate(outcomes.places) if file.endswith("perturbation.py")]
+    files = ("perturbation.py", "backup.py")
+    moved = [n for n, (file, _) in enumerate(outcomes.places) if file.endswith(files)]
+    from fairseq_sam.core.backup import Backup
     from fairseq_sam.core.perturbation import WeightPerturbation as Weights
 
-    codes = [f.__code__ for f in (Weights._moved.__wrapped__, Weights.restore, Weights._add, Weights._perturbation)]
+    functions = (
+        Weights._moved.__wrapped__, Weights.restore, Weights._add, Weights._perturbation, Backup.before_move,
+        Backup.restore, Backup._give_back,
+    )  # fmt: skip
+    codes = [f.__code__ for f in functions]
     starts = {code.co_firstlineno for code in codes}
     critical = [n for n in moved if outcomes.places[n][1] >> 16 in starts]
     assert len(critical) > 500

@@ -124,7 +124,7 @@ def test_an_interrupt_during_the_restore_still_restores(preset, monkeypatch):
     def interrupted(self):
         calls.append(1)
         if len(calls) == 1:
-            self.space.tensors[0].data.copy_(self._backup[0])
+            self.space.tensors[0].data.copy_(self._backup[0])  # and no other
             raise KeyboardInterrupt
         original(self)
 

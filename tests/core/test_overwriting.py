@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fairseq_sam import PRESETS, SharpnessAware
-from fairseq_sam.core.backup import Backup
+from fairseq_sam.core.backup import Backup, Room
 from tests.core.models import SETTINGS, batch, closure_of, flat, mlp
 
 # Those that take a closure.
@@ -60,20 +60,27 @@ def test_gradients_of_earlier_micro_batches_stay_as_they_are(preset):
 
 
 def test_a_backup_stays_in_its_memory():
-    backup, weights = Backup(), [torch.randn(3, 2), torch.randn(4).to(torch.bfloat16)]
-    first = backup.take(weights)
-    places = [tensor.data_ptr() for tensor in first]
-    weights[0].add_(1.0)
-    again = backup.take(weights)
-    assert [tensor.data_ptr() for tensor in again] == places
-    assert all(torch.equal(tensor, weight) for tensor, weight in zip(again, weights, strict=True))
+    room, weights = Room(), [torch.randn(3, 2), torch.randn(4).to(torch.bfloat16)]
+    places = [tensor.data_ptr() for tensor in room.of(weights)]
+    assert [tensor.data_ptr() for tensor in room.of(weights)] == places
     for changed in ([torch.randn(2, 3), weights[1]], [weights[0].double(), weights[1]], weights[:1]):
-        found = backup.take(changed)
-        assert all(torch.equal(tensor, weight) for tensor, weight in zip(found, changed, strict=True))
-        assert [tensor.dtype for tensor in found] == [weight.dtype for weight in changed]
+        for tensor, weight in zip(room.of(changed), changed, strict=True):
+            assert (tensor.shape, tensor.dtype) == (weight.shape, weight.dtype)
 
 
-def test_a_backup_has_the_strides_of_the_weights():
-    weight = nn.Parameter(torch.randn(4, 6).t())
-    (found,) = Backup().take([weight])
-    assert found.stride() == weight.stride() and torch.equal(found, weight) and not found.requires_grad
+def test_a_backup_is_of_before_the_first_move():
+    """In the weights' strides; only of those that move; weights that got other memory meanwhile get theirs back."""
+    weights = [nn.Parameter(torch.randn(4, 6).t()), nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2))]
+    before, places = [w.detach().clone() for w in weights], [w.data_ptr() for w in weights]
+    backup = Backup(weights, Room())
+    for factor in (2.0, 3.0):
+        backup.before_move(0).mul_(factor)
+        assert not torch.equal(weights[0], before[0]) and torch.equal(backup[0], before[0])
+        assert backup[0].stride() == weights[0].stride() and not backup[0].requires_grad
+        assert backup[1].data_ptr() == weights[1].data_ptr(), "it does not move"
+    weights[1].data = torch.zeros(3)
+    weights[0].data = torch.zeros(6, 4)
+    assert torch.equal(backup.before_move(0), 6.0 * before[0]) and torch.equal(weights[0], 6.0 * before[0])
+    backup.restore()
+    assert all(torch.equal(w, value) for w, value in zip(weights, before, strict=True))
+    assert [w.data_ptr() for w in weights] == places
