@@ -35,7 +35,7 @@ Step = Callable[[Closure], Any]
 RADIUS, RATE = 0.05, 1e-4
 
 
-# -- peers: from a model, what takes a closure, which runs forward and backward and returns the loss --------------------
+# -- peers: from a model, what takes a closure, which runs forward and backward and returns the loss -------------------
 
 
 def ours(method: str, **options: Any) -> Callable[[nn.Module], Step]:
