@@ -47,7 +47,8 @@ class LabelledFolder:
         self.path, self._dictionary = path, dictionary
         self.name = str(known.get("task") or path.name)
         found = dictionary.symbols[dictionary.nspecial :] if dictionary is not None else known.get("labels", ())
-        self.labels: tuple[str, ...] = tuple(found)
+        # fairseq-preprocess fills dictionaries up with words that are none.
+        self.labels: tuple[str, ...] = tuple(label for label in found if not label.startswith("madeupword"))
         self.scale = float(known.get("scale", 1.0))
         self.metrics: tuple[str, ...] = tuple(known.get("metrics", ()))
         self.trainer = str(known.get("trainer", "sentence_prediction"))

@@ -1,5 +1,6 @@
 """Adversarial parameter corruption: the weights moved so that the loss rises."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,10 +24,21 @@ class Corruption:
     Attributes:
         norm: of the move, p-norm of the method.
         losses: L at the weights before each ascent step, the first one at the unmoved weights.
+        is_lost: a gradient on the way was not finite; the weights are back at the unmoved ones then.
     """
 
     norm: float = 0.0
     losses: list[float] = field(default_factory=list)
+    is_lost: bool = False
+
+    def largest(self, last: float) -> float:
+        """Return the largest loss on the way; infinite if one is not a number, or the way was lost.
+
+        Args:
+            last: L at the moved weights.
+        """
+        losses = [*self.losses, last]
+        return math.inf if self.is_lost or any(map(math.isnan, losses)) else max(losses)
 
 
 def ball(epsilon: float, norm: str | float = "l2", steps: int = 1, base: Method = PRESETS["sam"]) -> Method:
@@ -60,7 +72,7 @@ def corrupted(
     """Move the weights by a method's ascent steps; at the end they are copied back bit for bit.
 
     Each step goes along the gradient of the whole objective at the weights reached so far, and is projected onto the
-    ball. A gradient that is zero or not finite leaves the weights where they were.
+    ball. After a gradient that is zero or not finite it begins again at the unmoved weights.
 
     Args:
         objective: the loss that the corruption makes large.
@@ -83,6 +95,7 @@ def corrupted(
             found.losses.append(loss)
             perturbation.advance(list(gradients), 1.0)
             step_done()
+        found.is_lost = perturbation.measured.num_overflows > 0
         with perturbation.applied():
             perturbation.measure()
             found.norm = float(perturbation.measured.perturbation_norm)

@@ -102,8 +102,11 @@ def show_names_below(made: Figure, panels: Iterable[Axes], most: int = 4) -> Non
         panels: with curves of ``draw_curves``, or other lines and bars whose ``gid`` is a name.
         most: names in a row.
     """
-    lines = {each.get_gid(): each for axes in panels for each in [*axes.get_lines(), *axes.patches] if each.get_gid()}
-    columns = max(1, min(len(lines), most))
+    lines = {
+        str(each.get_gid()): each for axes in panels for each in [*axes.get_lines(), *axes.patches] if each.get_gid()
+    }
+    width = max(map(len, lines), default=0) * 0.09 + 0.6  # of a name with its line, inches
+    columns = max(1, min(len(lines), most, int(made.get_figwidth() / width)))
     if lines:
         legend = made.legend(
             list(lines.values()),

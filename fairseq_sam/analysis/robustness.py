@@ -1,5 +1,6 @@
 """Robustness: what is left of a model after adversarial corruptions of its weights (GA-SAM Table 4)."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,8 +20,8 @@ class Corrupted:
     Attributes:
         norm: of the ball, ``l2``, ``linf`` or a number; empty without a corruption.
         radius: of the ball; 0 without a corruption.
-        reached: norm of the corruption.
-        loss: ``L(w + a)`` per unit of weight.
+        reached: norm of the corruption; NaN where a gradient on the way was not finite, and nothing can be measured.
+        loss: ``L(w + a)`` per unit of weight; infinite there.
         scores: what else was measured at ``w + a``, by name.
     """
 
@@ -68,6 +69,9 @@ def robustness(
     yield clean
     for norm, radius, method in balls:
         with corrupted(objective, method, step_done=count) as found:
-            row = Corrupted(norm, radius, found.norm, objective.loss(), score())
+            if found.is_lost:  # the radius is too large for this model
+                row = Corrupted(norm, radius, math.nan, math.inf)
+            else:
+                row = Corrupted(norm, radius, found.norm, objective.loss(), score())
         count()
         yield row

@@ -114,7 +114,7 @@ def worst_sharpness(
     ) as found:
         last = objective.loss()
     progress(steps + 1, steps + 1)
-    return Sharpness(found.losses[0], max(*found.losses, last))
+    return Sharpness(found.losses[0], found.largest(last))
 
 
 def average_sharpness(
@@ -200,7 +200,7 @@ def adversarial_risk(
         with corrupted(objective, own) as found:
             last = objective.loss()
         clean += found.losses[0] * objective.weight
-        worst += max(*found.losses, last) * objective.weight
+        worst += found.largest(last) * objective.weight
         weight += objective.weight
         progress(number, len(all_instances))
     if not weight > 0:

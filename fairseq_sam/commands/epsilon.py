@@ -32,8 +32,9 @@ AXES = ("norm", "scale", "granularity", "steps", "gradient", "scope")
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint; write ``epsilon.tsv`` and ``epsilon.png``, and print the flags."""
-    parser = options.parser("epsilon", " ".join((__doc__ or "").split()), max_tokens=None)
-    parser.set_defaults(subset="train", num_batches=NUM_BATCHES)
+    parser = options.parser(
+        "epsilon", " ".join((__doc__ or "").split()), max_tokens=None, subset="train", num_batches=NUM_BATCHES
+    )
     parser.add_argument("--method", choices=list(SUMMARIES), default="sam", help="the preset; default sam")
     parser.add_argument("--norm", type=options.norm, help="l2, linf or a number > 1; default the preset's")
     parser.add_argument("--scale", help="scale operator T; default the preset's")
@@ -51,7 +52,12 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--least", type=options.positive, default=LEAST, help="smallest ε; default %(default)g")
     parser.add_argument("--most", type=options.positive, default=MOST, help="largest ε; default %(default)g")
-    parser.add_argument("--per-decade", type=options.integer(1), default=PER_DECADE, help="ε in a decade of the grid")
+    parser.add_argument(
+        "--per-decade",
+        type=options.integer(1),
+        default=PER_DECADE,
+        help="ε in a decade of the grid; default %(default)s",
+    )
     parser.add_argument("--fresh", action="store_true", help="of models with new weights (--seed), as before training")
     args = parser.parse_args(arguments)
     if args.update_freq is not None and args.scope != "update":

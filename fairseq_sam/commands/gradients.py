@@ -70,6 +70,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for place, ((by, group), curves) in enumerate(panels.items()):
         x = {"epoch": "epoch", "layer": "layer, from the bottom"}[by]
         title = f"{group}, by {by}" if group else f"by {by}"
+        if several:  # also one that has no such group, so that a run has the same colour in all panels
+            curves = {run: curves.get(run, ([], [])) for run in dict.fromkeys(row["run"] for row in rows)}
         draw_curves(axes[place], curves, x=x, y="mean norm of the gradient", title=title, legend=not several)
         set_whole_numbers(axes[place])
     if several:

@@ -31,7 +31,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--before", type=Path, help="checkpoint of the weights before training: a line, not a plane")
     parser.add_argument("--points", type=options.integer(2), help="along each axis; default 25, on a line 41")
     parser.add_argument(
-        "--range", nargs=2, type=options.number, default=(-1.0, 1.0), metavar=("FROM", "TO"), dest="ends"
+        "--range",
+        nargs=2,
+        type=options.number,
+        default=(-1.0, 1.0),
+        metavar=("FROM", "TO"),
+        dest="ends",
+        help="of the coordinates; default -1 1",
     )
     parser.add_argument(
         "--exclude", type=options.pattern, default="", help="regular expression: parameters that are held constant"

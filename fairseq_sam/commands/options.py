@@ -37,13 +37,22 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')} (all flags: {self.prog} --help)")
 
 
-def parser(command: str, description: str, max_tokens: int | None = 4000) -> Parser:
+def parser(
+    command: str,
+    description: str,
+    max_tokens: int | None = 4000,
+    *,
+    subset: str = "valid",
+    num_batches: int | None = None,
+) -> Parser:
     """Return a parser with what every command on checkpoints takes.
 
     Args:
         command: its name.
         description: what it does.
         max_tokens: default size of a batch; None for that of the training.
+        subset: default split.
+        num_batches: default number of batches; None for all of the split.
     """
     size, limit = ("as in training",) * 2 if max_tokens is None else (str(max_tokens), "no limit")
     made = Parser(command, description)
@@ -52,12 +61,15 @@ def parser(command: str, description: str, max_tokens: int | None = 4000) -> Par
         "--names", nargs="+", help="names of the models in tables and plots; default what their paths differ in"
     )
     made.add_argument("--data", help="folder of the data (data-bin); default the one that each checkpoint names")
-    made.add_argument("--subset", default="valid", help="split of the data; default valid")
+    made.add_argument("--subset", default=subset, help="split of the data; default %(default)s")
     made.add_argument(
         "--max-tokens", type=integer(1), default=max_tokens, help=f"size of a batch, padding included; default {size}"
     )
     made.add_argument("--batch-size", type=integer(1), help=f"sentences in a batch; default {limit}")
-    made.add_argument("--num-batches", type=integer(1), help="batches, chosen at random; default all of the split")
+    all_of_it = "all of the split" if num_batches is None else str(num_batches)
+    made.add_argument(
+        "--num-batches", type=integer(1), default=num_batches, help=f"batches, chosen at random; default {all_of_it}"
+    )
     made.add_argument("--seed", type=integer(0, MOST_SEED), default=1, help="of what is random; default 1")
     add_output(made)
     return made

@@ -1,6 +1,8 @@
 """``fairseq-sam robustness``: loss and scores after adversarial corruptions of the weights (GA-SAM Table 4)."""
 
 import functools
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,12 @@ def main(arguments: Sequence[str]) -> None:
             progress=common.Progress(f"robustness of {name}"),
         )
         for corrupted in found:
+            if math.isnan(corrupted.reached):
+                print(
+                    f"{name}: at {corrupted.norm} {corrupted.radius:g} a gradient on the way is not finite, so that "
+                    "nothing is measured there; take a smaller radius, or fewer --steps",
+                    file=sys.stderr,
+                )
             rows.append(row_of(name, corrupted))
             write_rows(args.out / "robustness.tsv", rows)
     plot(rows, args.out / "robustness.png")

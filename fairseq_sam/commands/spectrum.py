@@ -4,7 +4,9 @@ With them the Hessian's trace and the density of its eigenvalues.
 """
 
 import argparse
+import itertools
 import math
+import operator
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,19 +114,21 @@ def measured(
 
 def eigenvalue_rows(name: str, matrix: str, found: Any) -> list[dict[str, Any]]:
     """Return rows of the table of eigenvalues."""
-    triples = zip(found.values.tolist(), found.residuals.tolist(), found.converged.tolist(), strict=True)
+    # Behind one that has not converged others may be missing, so that the ranks are not known.
+    converged = list(itertools.accumulate(found.converged.tolist(), operator.and_))
+    triples = zip(found.values.tolist(), found.residuals.tolist(), converged, strict=True)
     return [
         {
             "model": name, "matrix": matrix, "rank": rank, "eigenvalue": value, "residual": residual,
-            "converged": "yes" if converged else "no",
+            "converged": "yes" if is_known else "no",
         }
-        for rank, (value, residual, converged) in enumerate(triples, 1)
+        for rank, (value, residual, is_known) in enumerate(triples, 1)
     ]  # fmt: skip
 
 
 def warn_of_others(name: str, found: Eigenvalues) -> None:
     """Say how many eigenvalues Lanczos has not brought near enough."""
-    number = int((~found.converged).sum())
+    number = len(found.values) - sum(itertools.accumulate(found.converged.tolist(), operator.and_))
     if number:
         print(
             f"{name}: {number} of {len(found.values)} eigenvalues of the Hessian have not converged (hollow in the "

@@ -207,3 +207,20 @@ def test_a_minimum_has_no_direction():
 def test_bad_values(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_a_way_that_is_lost_is_not_the_unmoved_model():
+    """A gradient that is not finite ends it: the loss is infinite then, and not that of the model as it is."""
+    model = random_quadratic()
+
+    def loss_sum(model, batch):
+        loss, weight = quadratic_loss(model, batch)
+        return (loss * math.nan if float((model.w - start).norm()) > 5.0 else loss), weight
+
+    start = model.w.detach().clone()
+    clean, near, far = robustness(Objective(model, [1.0], loss_sum), radii={"l2": [0.1, 50.0]}, steps=3)
+    assert clean.loss < near.loss < math.inf and near.reached == pytest.approx(0.1)
+    assert math.isnan(far.reached) and far.loss == math.inf and torch.equal(model.w, start)
+    for steps in (1, 3):
+        found = worst_sharpness(model, [1.0], loss_sum, epsilon=50.0, steps=steps)
+        assert found.sharpness == math.inf and found.loss == pytest.approx(clean.loss)
