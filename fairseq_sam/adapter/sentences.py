@@ -133,7 +133,14 @@ def outputs(
             raise ValueError(f"{checkpoint} is of the task {name}; predictions need one of {', '.join(forwards)}")
         classes = "".join(f"{number} 1\n" for number in range(state["cfg"].task.num_classes))
         (view / "label" / "dict.txt").write_text(classes, encoding="utf-8")
-        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], state=state)
+        try:
+            models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], state=state)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"{checkpoint} and {folder} do not fit together: the data must be made with the model's dictionary"
+            ) from error
         task.load_dataset(split)
         model = models[0].eval()
         use_cuda = torch.cuda.is_available() and not cpu
@@ -156,6 +163,8 @@ def outputs(
 def first_token(model: Any, sample: Any, cfg: Any) -> Tensor:
     """Return the last layer's first token, as a classification head sees it: shape (N, size of the model)."""
     features: Tensor = model(**sample["net_input"], features_only=True)[0]
+    if features.dim() != 3:
+        raise ValueError("expected an encoder with an output for each token, got one for each sentence")
     return features[:, 0]
 
 

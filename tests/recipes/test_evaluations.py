@@ -270,7 +270,11 @@ def test_transfer_to_folders_of_fairseq_itself(sentences, tmp_path, capsys):
     whole = json.loads((tmp_path / "out" / "transfer.json").read_text())
     assert whole["runs"][0]["measured"][0]["tasks"] == dict(zip(names, map(str, folders), strict=True))
     capsys.readouterr()
+    shutil.copytree(own, tmp_path / "other")
+    with (tmp_path / "other" / "input0" / "dict.txt").open("a") as file:
+        file.write("another 1\n")
     for words, error in (
+        ([tmp_path / "other"], "do not fit together: the data must be made with the model's dictionary"),
         ([folders[0], folders[0]], "--tasks must name different folders, got one twice"),
         ([tmp_path], f"expected a folder with input0 and label, as sentence_prediction reads it, got {tmp_path}"),
         ([folders[0], "--subset", "dev"], "has no answers of dev, in label"),
