@@ -9,7 +9,6 @@ written is the median over the rounds of the peer's time over this engine's, and
 base optimizer that lives when the last pass begins, in copies of the weights.
 """
 
-import argparse
 import gc
 import statistics
 import sys
@@ -25,9 +24,8 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.models import MODELS, batches, trainer  # noqa: E402
-from benchmarks.steps import WARM_UPS, Clock  # noqa: E402
+from benchmarks.steps import WARM_UPS, Clock, parser_of, write_table  # noqa: E402
 from fairseq_sam import SharpnessAware  # noqa: E402
-from fairseq_sam.analysis.tables import write_rows  # noqa: E402
 from fairseq_sam.commands.common import Progress  # noqa: E402
 
 Closure = Callable[[], Tensor]
@@ -129,26 +127,10 @@ PAIRS: dict[str, tuple[Callable[[nn.Module], Step], Callable[[nn.Module], Step]]
 
 def main(arguments: Sequence[str]) -> None:
     """Time each pair on each model and batch; write the table after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 4000], help="of a batch; default 512 4000")
-    parser.add_argument("--peers", nargs="+", choices=list(PAIRS), default=list(PAIRS), metavar="PEER")
-    parser.add_argument("--rounds", type=int, default=10, help="default %(default)s")
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
-    parser.add_argument("--process-time", action="store_true", help="the processor's time, where other work runs")
-    parser.add_argument("--out", type=Path, required=True, help="the table")
-    args = parser.parse_args(arguments)
-    cuda = torch.cuda.is_available() and not args.cpu
-    clock = Clock("cuda" if cuda else "process" if args.process_time else "cpu")
-    rows: list[dict[str, Any]] = []
-    for name in args.models:
-        for tokens in args.tokens:
-            for peer in args.peers:
-                found = compared(name, tokens, peer, args.rounds, clock, cuda)
-                own = {"model": name, "tokens": tokens, "peer": peer, "device": "GPU" if cuda else "CPU"}
-                rows.append({**own, **found})
-                write_rows(args.out, rows)
-    print(f"written: {args.out}")
+    args = parser_of(__doc__, "peer", list(PAIRS)).parse_args(arguments)
+    write_table(
+        args, "peer", lambda name, tokens, peer, clock, cuda: compared(name, tokens, peer, args.rounds, clock, cuda)
+    )
 
 
 def compared(name: str, tokens: int, peer: str, rounds: int, clock: Clock, cuda: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ run twice, unmeasured.
 
 import argparse
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -93,27 +94,50 @@ class Round(NamedTuple):
 
 def main(arguments: Sequence[str]) -> None:
     """Time each model, batch and method; write the table after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 4000], help="of a batch; default 512 4000")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--rounds", type=int, default=10, help="default %(default)s")
+    parser = parser_of(__doc__, "method", list(METHODS))
     parser.add_argument("--flags", default="", help="of fairseq-train, such as --fp16")
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
-    parser.add_argument("--process-time", action="store_true", help="the processor's time, where other work runs")
-    parser.add_argument("--out", type=Path, required=True, help="the table")
     args = parser.parse_args(arguments)
+    write_table(
+        args,
+        "method",
+        lambda name, tokens, method, clock, cuda: measured(name, tokens, METHODS[method], args, clock, cuda),
+    )
+
+
+def parser_of(description: str | None, kind: str, choices: list[str]) -> argparse.ArgumentParser:
+    """Return a parser with what every benchmark takes.
+
+    Args:
+        description: of the benchmark.
+        kind: of what is timed on each model and batch.
+        choices: which there are.
+    """
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL")
+    made.add_argument("--tokens", nargs="+", type=int, default=[512, 4000], help="of a batch; default 512 4000")
+    made.add_argument(f"--{kind}s", nargs="+", choices=choices, default=choices, metavar=kind.upper())
+    made.add_argument("--rounds", type=int, default=10, help="default %(default)s")
+    made.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    made.add_argument("--process-time", action="store_true", help="the processor's time, where other work runs")
+    made.add_argument("--out", type=Path, required=True, help="the table")
+    return made
+
+
+def write_table(args: argparse.Namespace, kind: str, measure: Callable[..., dict[str, Any]]) -> None:
+    """Measure each model, batch and choice; write the table after each.
+
+    Args:
+        args: of ``parser_of``.
+        kind: of the choices.
+        measure: from a model's name, tokens, a choice, the clock and whether it is on a GPU, columns of the table.
+    """
     cuda = torch.cuda.is_available() and not args.cpu
     clock = Clock("cuda" if cuda else "process" if args.process_time else "cpu")
     rows: list[dict[str, Any]] = []
-    for name in args.models:
-        for tokens in args.tokens:
-            for method in args.methods:
-                rows.append({
-                    "model": name, "tokens": tokens, "method": method, "device": "GPU" if cuda else "CPU",
-                    **measured(name, tokens, METHODS[method], args, clock, cuda),
-                })  # fmt: skip
-                write_rows(args.out, rows)
+    for name, tokens, chosen in itertools.product(args.models, args.tokens, getattr(args, f"{kind}s")):
+        own = {"model": name, "tokens": tokens, kind: chosen, "device": "GPU" if cuda else "CPU"}
+        rows.append({**own, **measure(name, tokens, chosen, clock, cuda)})
+        write_rows(args.out, rows)
     print(f"written: {args.out}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 
 BITS = "bits per token or sentence"  # the unit of losses
@@ -88,7 +89,10 @@ def show_names(axes: Axes, names: Iterable[str], **options: Any) -> None:
         names: in the order of the curves.
         options: of ``Axes.legend``.
     """
-    legend = axes.legend(**{"fontsize": "small", "framealpha": 0.7, **options})
+    _write_names(axes.legend(**{"fontsize": "small", "framealpha": 0.7, **options}), names)
+
+
+def _write_names(legend: Legend, names: Iterable[str]) -> None:
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_parse_math(False)
         text.set_text(name)
@@ -108,15 +112,8 @@ def show_names_below(made: Figure, panels: Iterable[Axes], most: int = 4) -> Non
     width = max(map(len, lines), default=0) * 0.09 + 0.6  # of a name with its line, inches
     columns = max(1, min(len(lines), most, int(made.get_figwidth() / width)))
     if lines:
-        legend = made.legend(
-            list(lines.values()),
-            [str(number) for number in range(len(lines))],
-            loc="outside lower center",
-            ncols=columns,
-        )
-        for text, name in zip(legend.get_texts(), lines, strict=True):
-            text.set_parse_math(False)
-            text.set_text(name)
+        labels = [str(number) for number in range(len(lines))]
+        _write_names(made.legend(list(lines.values()), labels, loc="outside lower center", ncols=columns), lines)
 
 
 def set_whole_numbers(axes: Axes) -> None:

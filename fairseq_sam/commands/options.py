@@ -118,28 +118,20 @@ def number(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
 
 
-def positive(text: str) -> float:
-    """Read a finite number > 0 from the command line.
+def _in_range(holds: Callable[[float], bool], allowed: str) -> Callable[[str], float]:
+    """Return what reads a finite number of a range from the command line."""
 
-    Raises:
-        ArgumentTypeError: if it is none.
-    """
-    with contextlib.suppress(argparse.ArgumentTypeError):
-        if number(text) > 0:
-            return number(text)
-    raise argparse.ArgumentTypeError(f"must be a finite number > 0, got {text}")
+    def read(text: str) -> float:
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            if holds(number(text)):
+                return number(text)
+        raise argparse.ArgumentTypeError(f"must be a finite number {allowed}, got {text}")
+
+    return read
 
 
-def not_negative(text: str) -> float:
-    """Read a finite number >= 0 from the command line.
-
-    Raises:
-        ArgumentTypeError: if it is none.
-    """
-    with contextlib.suppress(argparse.ArgumentTypeError):
-        if number(text) >= 0:
-            return number(text)
-    raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text}")
+positive = _in_range(lambda value: value > 0, "> 0")
+not_negative = _in_range(lambda value: value >= 0, ">= 0")
 
 
 def norm(text: str) -> str:

@@ -23,7 +23,11 @@ def vector_norm(tensors: Sequence[Tensor], p: float) -> Tensor:
     Returns:
         A 0-dimensional float64 tensor on the first tensor's device.
     """
-    norms = stacked(tensor_norms(tensors, p))
+    return whole_norm(stacked(tensor_norms(tensors, p)), p)
+
+
+def whole_norm(norms: Tensor, p: float) -> Tensor:
+    """Return the p-norm of vectors together, from their norms, shape (N,): a 0-dimensional tensor."""
     return joined_norms(norms, torch.zeros_like(norms, dtype=torch.long), 1, p)[0]
 
 

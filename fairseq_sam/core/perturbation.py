@@ -266,12 +266,11 @@ class WeightPerturbation:
         elif self._is_plain:
             self.measured.perturbation_norm = self._vector().norm(self.method.norm)
         else:
-            values = [value if factor is None else value * factor for _, value, factor in self._perturbation()]
-            self.measured.perturbation_norm = vector_norm(values, self.method.norm)
+            self.measured.perturbation_norm = vector_norm(self._values(), self.method.norm)
 
     def _survived(self, moved: Sequence[Tensor]) -> Tensor:
         """The part of the perturbation that the change contains: ``<change, a> / <a, a>``, at most 1."""
-        wanted = [value if factor is None else value * factor for _, value, factor in self._perturbation()]
+        wanted = self._values()
         products = torch.stack([torch.sum(m * a, dtype=torch.float64) for m, a in zip(moved, wanted, strict=True)])
         square = vector_norm(wanted, 2.0) ** 2
         return (products.sum() / square.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0.0, 1.0)
@@ -320,6 +319,10 @@ class WeightPerturbation:
             numbers = [1.0 if mask is None else float(mask) for mask in self._mask()]
             vector.scale_(torch.tensor(numbers, dtype=torch.float64, device=vector.tensors[0].device))
         return vector
+
+    def _values(self) -> list[Tensor]:
+        """The perturbation of each active parameter."""
+        return [value if factor is None else value * factor for _, value, factor in self._perturbation()]
 
     def _perturbation(self) -> Iterator[Part]:
         assert self._transformed is not None, "something is moved"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sam.core.groups import Groups
-from fairseq_sam.core.norms import joined_norms, stacked, tensor_norms
+from fairseq_sam.core.norms import stacked, tensor_norms, whole_norm
 
 Factor = Tensor | float
 ALL = Groups("model")
@@ -48,8 +48,7 @@ class Vector:
 
     def norm(self, p: float) -> Tensor:
         """Return the p-norm of the whole: a 0-dimensional tensor, float64."""
-        norms = self.norms(p)
-        return joined_norms(norms, torch.zeros_like(norms, dtype=torch.long), 1, p)[0]
+        return whole_norm(self.norms(p), p)
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Each tensor with its factor, a 0-dimensional one on its device; None for 1."""

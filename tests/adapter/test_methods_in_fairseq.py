@@ -100,6 +100,7 @@ def test_the_radius_of_gsam_follows_the_schedule(translation_data, options, radi
         radii.append(log_of(trainer, batches[number : number + 1])["sam_eps"])
     assert radii == pytest.approx(expected, rel=1e-4)
     assert expected[3] == pytest.approx(0.1) and (len(set(radii)) >= 3 or "--sam-epsilon-min" in options)
+    assert len({f"{radius:.4g}" for radius in radii}) == len({f"{radius:.4g}" for radius in expected})
 
 
 @pytest.mark.parametrize("scope", ["microbatch", "update"])

@@ -63,6 +63,8 @@ def survived(dtype, epsilon, with_masters, **options):
     # In float32 it is what is added: next to weights of size 1 the change of 1e-5 is rounded to parts of 1e-3.
     rel = 1e-3 if dtype == torch.float32 else 1e-6
     assert step.measured.perturbation_norm == pytest.approx(float(change.abs().max()), rel=rel)
+    if dtype == torch.float32:
+        assert step.measured.perturbation_norm == pytest.approx(epsilon, rel=1e-6)
     measured = None if step.measured.survived is None else float(step.measured.survived)
     return measured, by_hand
 
