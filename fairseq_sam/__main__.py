@@ -69,11 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, or print the methods or the settings of one."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:
-        from fairseq_sam.commands import common
+        try:
+            from fairseq_sam.commands import common
 
-        common.quiet()
-        module = importlib.import_module(f"fairseq_sam.commands.{words[0]}")
-        return common.run(module.main, words[1:])
+            common.quiet()
+            module = importlib.import_module(f"fairseq_sam.commands.{words[0]}")
+            return common.run(module.main, words[1:])
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
     commands = "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="fairseq-sam",

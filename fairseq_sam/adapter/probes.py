@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_sam.adapter.sentences import LabelledFolder, first_token, outputs
+from fairseq_sam.analysis.corruption import Progress, unseen
 from fairseq_sam.analysis.scores import METRICS
 from fairseq_sam.analysis.transfer import linear_probe
 
@@ -16,7 +17,13 @@ FORWARD = {"sentence_prediction": first_token}
 
 
 def probe(
-    checkpoint: Path, folder: LabelledFolder, *, subset: str = "valid", batch_size: int = 32, cpu: bool = False
+    checkpoint: Path,
+    folder: LabelledFolder,
+    *,
+    subset: str = "valid",
+    batch_size: int = 32,
+    cpu: bool = False,
+    progress: Progress = unseen,
 ) -> dict[str, float]:
     """Fit a linear model to the training split of another task and score it on another split.
 
@@ -26,6 +33,7 @@ def probe(
         subset: the split that is scored.
         batch_size: sentences that run together; changes nothing but rounding.
         cpu: stay on the CPU even if there is a GPU.
+        progress: called after each batch of both splits.
 
     Returns:
         The scores that the folder names (times 100), NaN for a correlation that there is none of; if it names none,
@@ -38,11 +46,10 @@ def probe(
     if folder.trainer != "sentence_prediction":
         raise ValueError(f"{folder.name} is a task of {folder.trainer}, and probes are of whole sentences")
     known, wanted = (_answers(folder, split) for split in ("train", subset))
-    features = [
-        outputs(checkpoint, folder.path, split, FORWARD, batch_size=batch_size, cpu=cpu)[0]
-        for split in ("train", subset)
-    ]
-    found = linear_probe(features[0], known, features[1], is_regression=folder.is_regression)
+    (first, second), _ = outputs(
+        checkpoint, folder.path, ("train", subset), FORWARD, batch_size=batch_size, cpu=cpu, progress=progress
+    )
+    found = linear_probe(first, known, second, is_regression=folder.is_regression)
     return {name: METRICS[name](found, wanted, folder.positive) for name in metrics_of(folder)}
 
 

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import Dictionary, data_utils
 from torch import Tensor
+
+from fairseq_sam.analysis.corruption import Progress, unseen
 
 PLUGIN = Path(__file__).resolve().parents[1]
 DESCRIPTION = "glue.json"  # of a folder that scripts/prepare_glue.py has made
@@ -97,41 +99,49 @@ def _description(folder: Path) -> dict[str, Any]:
 def outputs(
     checkpoint: Path,
     folder: Path,
-    split: str,
+    splits: Sequence[str],
     forwards: Mapping[str, Forward],
     *,
     batch_size: int = 32,
     cpu: bool = False,
-) -> tuple[Tensor, str]:
-    """Run a fine-tuned model on all instances of a split, which may be that of another task.
+    progress: Progress = unseen,
+) -> tuple[list[Tensor], str]:
+    """Run a fine-tuned model on all instances of some splits, which may be those of another task.
 
     Args:
         checkpoint: the model.
         folder: of sentences, with the model's dictionary; its labels are not read.
-        split: ``train``, ``valid``, …
+        splits: ``train``, ``valid``, …
         forwards: what is run, by the name of the task that the checkpoint is of.
         batch_size: instances that run together; changes nothing but rounding.
         cpu: stay on the CPU even if there is a GPU.
+        progress: called after each batch, with the instances that are done, of all splits.
 
     Returns:
-        Outputs of the model in the order of the data, shape (N, size of a row), on the CPU; and the name of the task.
+        Outputs of the model for each split in the order of the data, shape (N, size of a row), on the CPU; and the name
+        of the task.
 
     Raises:
-        ValueError: if the checkpoint is of a task that is not among `forwards`, or the folder lacks the split.
+        ValueError: if the checkpoint is of a task that is not among `forwards`, or the folder lacks a split or has
+            another dictionary than the model.
     """
     _load_plugin()
     if batch_size < 1:
         raise ValueError(f"--batch-size must be >= 1, got {batch_size}")
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint} is no file")
-    if not (folder / "input0" / f"{split}.idx").is_file():
-        raise ValueError(f"{folder} has no split {split}: no input0/{split}.idx")
+    for split in splits:
+        if not (folder / "input0" / f"{split}.idx").is_file():
+            raise ValueError(f"{folder} has no split {split}: no input0/{split}.idx")
     with _without_labels(folder) as view:
-        state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint), {"data": str(view)})
-        name = str(getattr(state["cfg"].task, "_name", None))
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
+        own = state["cfg"].task
+        name = str(getattr(own, "_name", None))
         if name not in forwards:
             raise ValueError(f"{checkpoint} is of the task {name}; predictions need one of {', '.join(forwards)}")
-        classes = "".join(f"{number} 1\n" for number in range(state["cfg"].task.num_classes))
+        _check_dictionary(checkpoint, Path(own.data), folder)
+        own.data = str(view)
+        classes = "".join(f"{number} 1\n" for number in range(own.num_classes))
         (view / "label" / "dict.txt").write_text(classes, encoding="utf-8")
         try:
             models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], state=state)
@@ -141,23 +151,42 @@ def outputs(
             raise ValueError(
                 f"{checkpoint} and {folder} do not fit together: the data must be made with the model's dictionary"
             ) from error
-        task.load_dataset(split)
         model = models[0].eval()
         use_cuda = torch.cuda.is_available() and not cpu
         model = model.cuda() if use_cuda else model
-        batches = task.get_batch_iterator(
-            task.dataset(split), max_sentences=batch_size, required_batch_size_multiple=1,
-            max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
-        ).next_epoch_itr(shuffle=False)  # fmt: skip
-        found: dict[int, Tensor] = {}
-        with torch.inference_mode():
-            for sample in batches:
-                sample = utils.move_to_cuda(sample) if use_cuda else sample
-                rows = forwards[name](model, sample, cfg).float().cpu()
-                found.update(zip(sample["id"].tolist(), rows, strict=True))
-        if sorted(found) != list(range(len(task.dataset(split)))):
-            raise ValueError(f"{len(found)} of the {len(task.dataset(split))} instances of {split} were predicted")
-    return torch.stack([found[number] for number in sorted(found)]), name
+        for split in splits:
+            task.load_dataset(split)
+        total, done, rows = sum(len(task.dataset(split)) for split in splits), 0, []
+        for split in splits:
+            batches = task.get_batch_iterator(
+                task.dataset(split), max_sentences=batch_size, required_batch_size_multiple=1,
+                max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+            ).next_epoch_itr(shuffle=False)  # fmt: skip
+            found: dict[int, Tensor] = {}
+            with torch.inference_mode():
+                for sample in batches:
+                    sample = utils.move_to_cuda(sample) if use_cuda else sample
+                    found.update(
+                        zip(sample["id"].tolist(), forwards[name](model, sample, cfg).float().cpu(), strict=True)
+                    )
+                    progress(done + len(found), total)
+            if sorted(found) != list(range(len(task.dataset(split)))):
+                raise ValueError(f"{len(found)} of the {len(task.dataset(split))} instances of {split} were predicted")
+            done += len(found)
+            rows.append(torch.stack([found[number] for number in sorted(found)]))
+    return rows, name
+
+
+def _check_dictionary(checkpoint: Path, data: Path, folder: Path) -> None:
+    """Refuse data whose words are numbered otherwise than the model's, as far as its own data are still there."""
+    files = [each / "input0" / "dict.txt" for each in (data, folder)]
+    if all(file.is_file() for file in files):
+        words = [[line.rpartition(" ")[0] for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+        if words[0] != words[1]:
+            raise ValueError(
+                f"{checkpoint} and {folder} do not fit together: the data must be made with the model's dictionary, "
+                f"{files[0]}"
+            )
 
 
 def first_token(model: Any, sample: Any, cfg: Any) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.logging import metrics
+from fairseq.logging.meters import AverageMeter
 from torch import Tensor, nn
 
 from fairseq_sam.adapter.batches import Call, MicroBatch, UpdateBatch, summed_loss
@@ -249,16 +250,17 @@ class Trained:
             batches: from ``batches``.
 
         Returns:
-            Its numbers by name; what is no single number, such as all predictions, is left out.
+            Its numbers by name, means as they are, what fairseq computes of them (perplexity, BLEU, F1) with its
+            rounding; what is no single number, such as all predictions, is left out.
         """
         with evaluating(self.model):
             logs = [self.task.valid_step(batch, self.model, self.criterion)[2] for batch in batches]
         with metrics.aggregate(new_root=True) as found:
             self.task.reduce_metrics(logs, self.criterion)
+        values = found.get_smoothed_values()
+        values |= {name: found[name].avg for name in values if isinstance(found[name], AverageMeter)}
         return {
-            name: float(value)
-            for name, value in found.get_smoothed_values().items()
-            if name not in SKIPPED_METRICS and _is_number(value)
+            name: float(value) for name, value in values.items() if name not in SKIPPED_METRICS and _is_number(value)
         }
 
 

@@ -138,7 +138,7 @@ def set_log_scale(axes: Axes) -> None:
     if sizes and min(values) > 0:
         axes.set_yscale("log")
     elif sizes:
-        axes.set_yscale("symlog", linthresh=min(sizes))
+        axes.set_yscale("symlog", linthresh=max(min(sizes), 1e-4 * max(sizes)))
 
 
 def save(made: Figure, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Eigenvalues of the Hessian, and of the Fisher information that stands for it."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,26 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Quadrature:
+    """What stochastic Lanczos quadrature knows of all eigenvalues: shares of them at a few places.
+
+    Attributes:
+        nodes: the places (Ritz values), of all runs.
+        weights: shares of all eigenvalues, whose sum is 1.
+        steps: of Lanczos in a run.
+    """
+
+    nodes: Tensor  # (N,), float64, on the CPU
+    weights: Tensor  # (N,)
+    steps: int
+
+    @property
+    def width(self) -> float:
+        """What it can resolve: the distance between its smallest and its largest place, over its steps."""
+        return max(float(self.nodes.max() - self.nodes.min()), 1e-9) / self.steps
+
+
+@dataclass(frozen=True)
 class Density:
     """A smoothed density of eigenvalues.
 
@@ -64,7 +85,7 @@ class Density:
         width: standard deviation of the Gaussian that smooths it.
     """
 
-    grid: Tensor  # (points,)
+    grid: Tensor  # (points,), float64
     density: Tensor  # (points,)
     width: float
 
@@ -192,30 +213,57 @@ def hessian_density(
     *,
     steps: int = 80,
     runs: int = 1,
-    points: int = 1000,
     seed: int = 1,
     progress: Progress = unseen,
-) -> Density:
-    """Estimate the density of the Hessian's eigenvalues by stochastic Lanczos quadrature.
+) -> Quadrature:
+    """Estimate how the Hessian's eigenvalues are distributed, by stochastic Lanczos quadrature.
 
     Args:
         objective: L, with weights and data.
         steps: of Lanczos in each run, from 1 to the number of weights; their number is the resolution.
         runs: from different random vectors, >= 1; their mean is taken.
-        points: of the grid, >= 2.
         seed: of the first run's vector.
         progress: called after each Hessian product.
+
+    Returns:
+        Places and shares; ``smoothed`` makes a density of them.
 
     Raises:
         ValueError: if a number is out of range, there is too little memory or no data.
     """
     _check("steps (--density-steps)", steps, 1, objective.size)
     _check("runs", runs, 1)
-    _check("points", points, 2)
     check_lanczos(objective, steps)
     operator = hessian_operator(objective, steps * runs, progress)
-    found = spectral_density(operator, num_runs=runs, lanczos_steps=steps, num_grid_points=points, seed=seed)
-    return Density(found.grid, found.density, found.sigma)
+    found = spectral_density(operator, num_runs=runs, lanczos_steps=steps, num_grid_points=2, seed=seed)
+    nodes, weights = (each.double().cpu() for each in (found.raw_eigenvalues, found.raw_weights))
+    known = ~torch.isnan(nodes)  # a run may end early
+    return Quadrature(nodes[known], weights[known] / weights[known].sum(), steps)
+
+
+def smoothed(found: Sequence[Quadrature], *, width: float | None = None, points: int = 1000) -> list[Density]:
+    """Make densities that can be compared: on one grid, smoothed by the same Gaussian.
+
+    Args:
+        found: of each model.
+        width: standard deviation of the Gaussian, > 0; default the largest of what each can resolve.
+        points: of the grid, >= 2; it goes four widths beyond the outermost places.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+    _check("points", points, 2)
+    width = max(each.width for each in found) if width is None else width
+    if not 0 < width < float("inf"):
+        raise ValueError(f"width must be a finite number > 0, got {width!r}")
+    places = torch.cat([each.nodes for each in found])
+    least, most = float(places.min()), float(places.max())
+    grid = torch.linspace(least - 4 * width, most + 4 * width, points, dtype=torch.float64)
+    densities = []
+    for each in found:
+        kernel = torch.exp(-((grid[:, None] - each.nodes) ** 2) / (2 * width**2)) / (width * math.sqrt(2 * math.pi))
+        densities.append(Density(grid, kernel @ each.weights, width))
+    return densities
 
 
 def check_lanczos(objective: Objective, steps: int, k: int = 0) -> None:

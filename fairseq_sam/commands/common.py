@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -62,12 +63,41 @@ def distinguishing_parts(paths: Sequence[Path]) -> list[str]:
     return list(map(str, paths))
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A model that a command measures.
+
+    Attributes:
+        name: in tables and plots.
+        trained: ``Trained``.
+        batches: of its data.
+        record: what ``COMMAND.json`` says of it.
+    """
+
+    name: str
+    trained: Any
+    batches: list[Any]
+    record: dict[str, Any]
+
+    def note(self, what: str, batches: list[Any]) -> list[Any]:
+        """Let ``COMMAND.json`` tell of further batches, by their number and digest.
+
+        Args:
+            what: they are, in the plural.
+            batches: which are returned.
+        """
+        self.record.update({what: len(batches), f"{what} digest": digest_of_data(batches)})
+        return batches
+
+
 def trained_models(
     args: argparse.Namespace, chosen: Callable[[argparse.Namespace, Any], list[Any]] | None = None, **options: Any
-) -> Iterator[tuple[str, Any, list[Any]]]:
+) -> Iterator[Measured]:
     """Load the models of a command one after the other; random numbers are for each those of ``--seed``.
 
-    The settings are written beside the tables before a model is measured, and after it that it is finished.
+    Before the first is measured, all others are loaded too, with their data, so that hours are not spent before one
+    that is damaged. The settings are written beside the tables before a model is measured, and after it that it is
+    finished.
 
     Args:
         args: of ``parser``.
@@ -75,7 +105,7 @@ def trained_models(
         options: of ``Trained``.
 
     Yields:
-        Name, ``Trained`` and batches.
+        The models.
     """
     names = model_names(args.checkpoints, args.names)
     check_files(args.checkpoints)
@@ -83,21 +113,30 @@ def trained_models(
     import_user_module(args.user_dir)
     from fairseq_sam.adapter.trained import Trained
 
-    measured: list[dict[str, Any]] = []
-    for name, path in zip(names, args.checkpoints, strict=True):
+    def load(name: str, path: Path) -> tuple[Any, list[Any]]:
         torch.manual_seed(args.seed)
         trained = Trained(path, args.data, cpu=args.cpu, **options)
         batches = (chosen or batches_of)(args, trained)
-        check_loss(name, trained, batches)
-        measured.append({
+        check_loss(name, trained, batches[:1])
+        return trained, batches
+
+    models = dict(zip(names, args.checkpoints, strict=True))
+    for name in names[1:]:
+        load(name, models[name])
+    records: list[dict[str, Any]] = []
+    for name, path in models.items():
+        trained, batches = load(name, path)
+        records.append({
             "name": name, "checkpoint": path.resolve(), "weights": digest_of_files(path),
-            "data": os.path.abspath(trained.data), "batches": len(batches), "batches digest": digest_of_data(batches),
-            "finished": False,
+            "data": os.path.abspath(trained.data), "finished": False,
         })  # fmt: skip
-        write_settings(args, measured)
-        yield name, trained, batches
-        measured[-1]["finished"] = True
-        write_settings(args, measured)
+        model = Measured(name, trained, batches, records[-1])
+        model.note("batches", batches)
+        check_loss(name, trained, batches)
+        write_settings(args, records)
+        yield model
+        records[-1]["finished"] = True
+        write_settings(args, records)
 
 
 def import_user_module(path: Path | None) -> None:
@@ -166,6 +205,26 @@ def check_files(checkpoints: Sequence[Path]) -> None:
             )
 
 
+def refuse_earlier(args: argparse.Namespace, *names: str) -> None:
+    """Refuse a folder with tables of an earlier run, which would be lost, or stand beside those of other settings.
+
+    Args:
+        args: of ``Parser``; with ``--overwrite`` they are removed.
+        names: of the command's tables and plots; ``COMMAND.json`` is removed with them.
+
+    Raises:
+        ValueError: if there are some.
+    """
+    there = [args.out / name for name in names if (args.out / name).is_file()]
+    if there and not args.overwrite:
+        raise ValueError(
+            f"--out {args.out} holds {', '.join(path.name for path in there)} of an earlier run; take another folder, "
+            "or replace them with --overwrite"
+        )
+    for path in filter(Path.is_file, (*there, args.out / f"{args.command}.json")):
+        path.unlink()
+
+
 def make_folder(path: Path) -> None:
     """Make the folder of ``--out``, so that a measurement is not lost for want of it.
 
@@ -188,8 +247,6 @@ def batches_of(args: argparse.Namespace, trained: Any, **changed: Any) -> list[A
         changed: options of ``Trained.batches`` other than the command line's.
     """
     limits = {"max_tokens": args.max_tokens, "batch_size": args.batch_size}
-    if not any(limits.values()):
-        limits = trained.batch_limits
     chosen = {"subset": args.subset, "number": args.num_batches, "seed": args.seed, **limits}
     found: list[Any] = trained.batches(**{**chosen, **changed})
     return found
@@ -200,11 +257,12 @@ class Progress:
 
     Args:
         title: what is measured.
+        start: parts that were done before it began, which took none of its time.
         stream: where to; default standard error.
     """
 
-    def __init__(self, title: str, stream: TextIO | None = None) -> None:
-        self._title, self._stream = title, stream or sys.stderr
+    def __init__(self, title: str, start: int = 0, stream: TextIO | None = None) -> None:
+        self._title, self._start, self._stream = title, start, stream or sys.stderr
         self._begin = self._shown = time.monotonic()
         self._is_terminal = self._stream.isatty()
 
@@ -216,7 +274,8 @@ class Progress:
             return
         self._shown = now
         spent = now - self._begin
-        left = "" if is_last else f", {timedelta(seconds=int(spent / max(done, 1) * (total - done)))} left"
+        each = spent / max(done - self._start, 1)
+        left = "" if is_last else f", {timedelta(seconds=int(each * (total - done)))} left"
         line = f"{self._title}: {done} of {total}, {timedelta(seconds=int(spent))}{left}"
         end = "\n" if is_last or not self._is_terminal else ""
         self._stream.write(("\r\x1b[K" if self._is_terminal else "") + line + end)
@@ -233,14 +292,11 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> i
     """Run a command; what the user can mend is printed in one line.
 
     Returns:
-        The exit status: 0, 2 after an error, 130 after Ctrl-C.
+        The exit status: 0, 2 after an error.
     """
     quiet()
     try:
         command(arguments)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     except Exception as error:
         if not _is_user_s(error):
             raise

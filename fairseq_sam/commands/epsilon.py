@@ -62,6 +62,8 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     if args.update_freq is not None and args.scope != "update":
         parser.error(f"--update-freq is only used with --scope update, got {args.update_freq}")
+    if not args.least < args.most:
+        parser.error(f"--least must be smaller than --most, got {args.least:g} and {args.most:g}")
     method = Method.from_preset(args.method, **{axis: getattr(args, axis) for axis in AXES})
     rows: list[dict[str, Any]] = []
     suggestions: dict[str, Suggestion] = {}
@@ -70,17 +72,25 @@ def main(arguments: Sequence[str]) -> None:
         return int(args.update_freq or trained.micro_batches) if method.scope == "update" else 1
 
     def batches_of(args: argparse.Namespace, trained: Any) -> list[Any]:
-        return common.batches_of(args, trained, number=args.num_batches * per_update(trained))
+        given = {"max_tokens": args.max_tokens, "batch_size": args.batch_size}
+        limits = trained.batch_limits | {name: value for name, value in given.items() if value is not None}
+        return common.batches_of(args, trained, number=args.num_batches * per_update(trained), **limits)
 
-    for name, trained, batches in common.trained_models(args, batches_of):
-        if args.fresh:
-            trained.forget(args.seed)
-        probe = trained.probe(batches, method, per_update(trained))
-        with common.about(name):
-            suggestions[name] = search(args, {"model": name, "method": args.method, **shown_axes(method)}, probe, rows)
     own = ", ".join(f"{axis} {value}" for axis, value in shown_axes(method).items())
-    plot(suggestions, args.out / "epsilon.png", f"{args.method}: {own}")
-    common.written(args.out / "epsilon.tsv", args.out / "epsilon.png")
+    table, image = args.out / "epsilon.tsv", args.out / "epsilon.png"
+    common.refuse_earlier(args, table.name, image.name)
+    try:
+        for model in common.trained_models(args, batches_of):
+            if args.fresh:
+                model.trained.forget(args.seed)
+            probe = model.trained.probe(model.batches, method, per_update(model.trained))
+            first = {"model": model.name, "method": args.method, **shown_axes(method)}
+            with common.about(model.name):
+                suggestions[model.name] = search(args, first, probe, rows)
+    finally:
+        if suggestions:
+            plot(suggestions, image, f"{args.method}: {own}")
+    common.written(table, image)
     for name, suggestion in suggestions.items():
         print(f"{name}: {advice(suggestion, args)}")
 

@@ -24,6 +24,7 @@ def main(arguments: Sequence[str]) -> None:
         "--names", nargs="+", help="names of the runs in tables and plots; default what their paths differ in"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the table and the plot")
+    options.add_overwrite(parser)
     args = parser.parse_args(arguments)
     logs = [run / FILE if run.is_dir() else run for run in args.runs]
     for run, log in zip(args.runs, logs, strict=True):
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str]) -> None:
             )
     names = common.model_names(logs, args.names)
     common.make_folder(args.out)
+    common.refuse_earlier(args, "gradients.tsv", "gradients.png")
     rows: list[dict[str, Any]] = []
     for name, log in zip(names, logs, strict=True):
         gradients = read_gradients(log)

@@ -20,7 +20,7 @@ from fairseq_sam.analysis.objective import Objective
 from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save
 from fairseq_sam.analysis.tables import now_and_then, read_rows, write_rows
 from fairseq_sam.commands import common, options
-from fairseq_sam.commands.settings import digest_of_data, digest_of_files
+from fairseq_sam.commands.settings import digest_of_files
 
 MOST_NAMES = 4  # of parameters in a message
 
@@ -48,33 +48,40 @@ def main(arguments: Sequence[str]) -> None:
     axis = axis_of(parser, args, kind)
     places = [(x,) for x in axis] if kind == "line" else [(x, y) for x in axis for y in axis]
     table = args.out / f"{kind}.tsv"
+    image = table.with_suffix(".png")
+    if args.overwrite:
+        common.refuse_earlier(args, table.name, image.name)
     earlier, rows = rows_of(table), []
     others = list(earlier)  # of other settings, models and places; they stay
 
     def write() -> None:
         write_rows(table, [*rows, *others])
 
-    wanted = set(map(shown, places))
-    for name, trained, batches in common.trained_models(args):
-        objective = trained.objective(batches, args.exclude)
-        with common.about(name):
-            directions = [line(name, trained, objective, args.before)] if args.before else plane(objective, args.seed)
-        settings = settings_of(args, name, trained, batches)
-        kept = [row for row in earlier if settings.items() <= row.items() and place_of(row) in wanted]
-        others = [row for row in others if row not in kept]
-        rows += kept
-        known = set(map(place_of, kept))
-        left = [place for place in places if shown(place) not in known]
-        progress = common.Progress(f"landscape of {name}")
-        with now_and_then(write) as added:
-            for done, point in enumerate(landscape(objective, directions, left), len(known) + 1):
-                place = dict(zip(("x", "y"), shown(point.place), strict=False))
-                rows.append({**settings, **place, "loss": point.loss})
-                added()
-                progress(done, len(places))
-    write()
-    image = table.with_suffix(".png")
-    (plot_line if kind == "line" else plot_surface)(rows, image)
+    wanted = set(map(written_place, places))
+    try:
+        for model in common.trained_models(args):
+            name, objective = model.name, model.trained.objective(model.batches, args.exclude)
+            with common.about(name):
+                directions = (
+                    [line(name, model.trained, objective, args.before)] if args.before else plane(objective, args.seed)
+                )
+            settings = settings_of(args, model)
+            kept = [row for row in earlier if settings.items() <= row.items() and place_of(row) in wanted]
+            others = [row for row in others if row not in kept]
+            rows += kept
+            known = set(map(place_of, kept))
+            left = [place for place in places if written_place(place) not in known]
+            progress = common.Progress(f"landscape of {name}", start=len(known))
+            with now_and_then(write) as added:
+                for done, point in enumerate(landscape(objective, directions, left), len(known) + 1):
+                    place = dict(zip(("x", "y"), written_place(point.place), strict=False))
+                    rows.append({**settings, **place, "loss": point.loss})
+                    added()
+                    progress(done, len(places))
+    finally:
+        if rows:
+            write()
+            (plot_line if kind == "line" else plot_surface)(rows, image)
     common.written(table, image)
 
 
@@ -84,7 +91,7 @@ def axis_of(parser: options.Parser, args: argparse.Namespace, kind: str) -> list
     if not least < most:
         parser.error(f"--range must be two numbers FROM < TO, got {least:g} {most:g}")
     axis = steps(least, most, args.points or {"line": 41, "surface": 25}[kind])
-    if len({shown((x,)) for x in axis}) < len(axis):
+    if len({written_place((x,)) for x in axis}) < len(axis):
         parser.error(
             f"--range must hold {len(axis)} places (--points) that differ in six decimals, got {least:g} {most:g}"
         )
@@ -103,12 +110,12 @@ def rows_of(table: Path) -> list[dict[str, str]]:
     return rows
 
 
-def settings_of(args: argparse.Namespace, name: str, trained: Any, batches: list[Any]) -> dict[str, str]:
+def settings_of(args: argparse.Namespace, model: common.Measured) -> dict[str, str]:
     """Return what the rows of a model were measured with; those with the same settings are kept."""
     return {
-        "model": name, "subset": args.subset, "seed": str(args.seed), "batches": str(args.num_batches or "all"),
-        "exclude": args.exclude, "data": digest_of_data(batches),
-        "weights": digest_of_files(trained.path, *([args.before] if args.before else [])),
+        "model": model.name, "subset": args.subset, "seed": str(args.seed), "batches": str(args.num_batches or "all"),
+        "exclude": args.exclude, "data": model.record["batches digest"], "weights": model.record["weights"],
+        "before": digest_of_files(args.before) if args.before else "",
     }  # fmt: skip
 
 
@@ -130,7 +137,7 @@ def plane(objective: Objective, seed: int) -> list[list[Tensor]]:
     return [filter_normalised(objective, seed), filter_normalised(objective, seed + 10**6)]
 
 
-def shown(place: tuple[float, ...]) -> tuple[str, ...]:
+def written_place(place: tuple[float, ...]) -> tuple[str, ...]:
     """Return coordinates as the table has them."""
     return tuple(f"{coordinate:.6f}" for coordinate in place)
 

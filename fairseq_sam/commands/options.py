@@ -82,9 +82,21 @@ def add_output(made: Parser) -> None:
         made: the parser.
     """
     made.add_argument("--out", type=Path, required=True, help="folder for the tables (.tsv) and the plots (.png)")
+    add_overwrite(made)
     made.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     made.add_argument(
         "--user-dir", type=Path, help="folder of a plugin that has the models or tasks, beside fairseq's and this one's"
+    )
+
+
+def add_overwrite(made: Parser) -> None:
+    """Add what makes a command replace the tables of an earlier run.
+
+    Args:
+        made: the parser.
+    """
+    made.add_argument(
+        "--overwrite", action="store_true", help="replace the tables that an earlier run of the command left in --out"
     )
 
 

@@ -1,14 +1,15 @@
 """``fairseq-sam robustness``: loss and scores after adversarial corruptions of the weights (GA-SAM Table 4)."""
 
+import argparse
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fairseq_sam.analysis.corruption import STEPS
-from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_few_ticks, show_names_below
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_few_ticks, set_log_scale, show_names_below
 from fairseq_sam.analysis.robustness import RADII, Corrupted, robustness
 from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands import common, options
@@ -54,32 +55,45 @@ def main(arguments: Sequence[str]) -> None:
     if args.remove_bpe is not None and not args.bleu:
         parser.error(f"--remove-bpe is of --bleu only, got {args.remove_bpe!r}")
     options.fill(args, {"remove_bpe": "@@ "})
+    table, image = args.out / "robustness.tsv", args.out / "robustness.png"
+    common.refuse_earlier(args, table.name, image.name)
     rows: list[dict[str, Any]] = []
-    for name, trained, batches in common.trained_models(args, bleu=args.bleu, remove_bpe=args.remove_bpe):
-        attack = batches
-        if args.attack_subset or args.attack_batches:
-            attack = common.batches_of(
-                args, trained, subset=args.attack_subset or args.subset, number=args.attack_batches,
-                flag="--attack-subset",
-            )  # fmt: skip
-        found = robustness(
-            trained.objective(attack),
-            radii={norm: radii for norm, radii in (("l2", args.l2), ("linf", args.linf)) if radii},
-            steps=args.steps,
-            score=functools.partial(trained.scores, batches),
-            progress=common.Progress(f"robustness of {name}"),
-        )
-        for corrupted in found:
-            if math.isnan(corrupted.reached):
-                print(
-                    f"{name}: at {corrupted.norm} {corrupted.radius:g} a gradient on the way is not finite, so that "
-                    "nothing is measured there; take a smaller radius, or fewer --steps",
-                    file=sys.stderr,
-                )
-            rows.append(row_of(name, corrupted))
-            write_rows(args.out / "robustness.tsv", rows)
-    plot(rows, args.out / "robustness.png")
-    common.written(args.out / "robustness.tsv", args.out / "robustness.png")
+    try:
+        for model in common.trained_models(args, bleu=args.bleu, remove_bpe=args.remove_bpe):
+            for corrupted in measured(args, model):
+                rows.append(row_of(model.name, corrupted))
+                write_rows(table, rows)
+    finally:
+        if rows:
+            plot(rows, image)
+    common.written(table, image)
+
+
+def measured(args: argparse.Namespace, of: common.Measured) -> Iterator[Corrupted]:
+    """Measure a model; a corruption that cannot be reached is told of.
+
+    Yields:
+        The model as it is, and after each corruption.
+    """
+    attack = of.batches
+    if args.attack_subset or args.attack_batches:
+        subset, number = args.attack_subset or args.subset, args.attack_batches
+        attack = common.batches_of(args, of.trained, subset=subset, number=number, flag="--attack-subset")
+        of.note("attack batches", attack)
+    for corrupted in robustness(
+        of.trained.objective(attack),
+        radii={norm: radii for norm, radii in (("l2", args.l2), ("linf", args.linf)) if radii},
+        steps=args.steps,
+        score=functools.partial(of.trained.scores, of.batches),
+        progress=common.Progress(f"robustness of {of.name}"),
+    ):
+        if math.isnan(corrupted.reached):
+            print(
+                f"{of.name}: at {corrupted.norm} {corrupted.radius:g} a gradient on the way is not finite, so that "
+                "nothing is measured there; take a smaller radius, or fewer --steps",
+                file=sys.stderr,
+            )
+        yield corrupted
 
 
 def row_of(name: str, corrupted: Corrupted) -> dict[str, Any]:
@@ -106,6 +120,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         label = {"l2": "L2", "linf": "L∞"}.get(norm, norm)
         draw_curves(axes[place], curves, x=f"radius of the corruption, {label}", y=SCORES[score], legend=False)
         set_few_ticks(axes[place])
+        if score == "ppl":
+            set_log_scale(axes[place])
     show_names_below(made, axes)
     made.suptitle("After adversarial corruptions of the weights")
     save(made, path)

@@ -11,7 +11,7 @@ import torch
 
 from fairseq_sam._version import __version__
 
-NO_SETTINGS = ("command", "started", "checkpoints", "runs", "names", "out")  # of the flags
+NO_SETTINGS = ("command", "started", "checkpoints", "runs", "names", "out", "overwrite")  # of the flags
 
 
 def write_settings(args: argparse.Namespace, measured: Sequence[Mapping[str, Any]]) -> Path:
@@ -29,7 +29,9 @@ def write_settings(args: argparse.Namespace, measured: Sequence[Mapping[str, Any
     own = {"started": args.started, "fairseq_sam": __version__, "flags": flags, "measured": measured}
     runs = [run for run in _runs(path) if run.get("started") != args.started]
     whole = {"command": args.command, "runs": [*runs, own]}
-    path.write_text(json.dumps(whole, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(whole, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
     return path
 
 

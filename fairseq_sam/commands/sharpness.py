@@ -3,7 +3,8 @@
 Along the worst direction, the steepest one, random ones, and for each instance along its own (δ-SAM Table 4).
 """
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fairseq_sam.analysis.sharpness import (
 from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands import common, options
 from fairseq_sam.core.method import PRESETS
+from fairseq_sam.core.scales import SCALES
 
 RADII = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 TITLES = {
@@ -31,7 +33,19 @@ USES = {
     "directions": ("average",), "instances": ("instance",),
 }  # fmt: skip
 INSTANCES = 200
-METHODS = [name for name, method in PRESETS.items() if moves_all_weights(method)]
+
+
+def balls() -> list[str]:
+    """Return the methods whose T stretches a ball, the first of each kind.
+
+    Where T is made from the gradient, the rise at small radii is much the same for all models: that is what T is for.
+    """
+    found = {
+        (method.scale, method.granularity, method.ball): name
+        for name, method in reversed(PRESETS.items())
+        if moves_all_weights(method) and not SCALES[method.scale].gradient_based
+    }
+    return [name for name in PRESETS if name in found.values()]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -49,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--directions", type=options.integer(1), help=f"random directions; default {DIRECTIONS}")
     parser.add_argument(
-        "--method", choices=METHODS, help="whose scale T stretches the ball, but for average; default sam, T = 1"
+        "--method", choices=balls(), help="whose scale T stretches the ball, but for average; default sam, T = 1"
     )
     parser.add_argument(
         "--instances", type=options.integer(1), help=f"single instances, at random; default {INSTANCES}"
@@ -57,37 +71,50 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     options.refuse_unused(parser, args, "kinds", USES)
     options.fill(args, {"norm": "l2", "method": "sam", "directions": DIRECTIONS, "instances": INSTANCES})
+    table, image = args.out / "sharpness.tsv", args.out / "sharpness.png"
+    common.refuse_earlier(args, table.name, image.name)
     rows: list[dict[str, Any]] = []
-    for name, trained, batches in common.trained_models(args):
-        model, loss_sum, method = trained.model, trained.loss_sum, PRESETS[args.method]
-        single = []
-        if "instance" in args.kinds:
-            single = common.batches_of(args, trained, batch_size=1, number=args.instances)
-        for radius in args.radii:
-            ball: dict[str, Any] = {"epsilon": radius, "norm": args.norm, "method": method}
-            for kind in args.kinds:
-                progress = common.Progress(f"{kind} sharpness of {name} at {radius:g}")
-                if kind == "worst":
-                    found = worst_sharpness(
-                        model, batches, loss_sum, **ball, steps=args.steps or STEPS, progress=progress
-                    )
-                elif kind == "ascent":
-                    found = ascent_sharpness(model, batches, loss_sum, **ball)
-                elif kind == "average":
-                    found = average_sharpness(
-                        model, batches, loss_sum, epsilon=radius, directions=args.directions, seed=args.seed,
-                        progress=progress,
-                    )  # fmt: skip
-                else:
-                    found = adversarial_risk(model, single, loss_sum, **ball, steps=args.steps or 1, progress=progress)
-                rows.append({
-                    "model": name, "direction": kind, "norm": "l2" if kind == "average" else args.norm,
-                    "radius": radius, "loss": found.loss, "perturbed loss": found.perturbed_loss,
-                    "sharpness": found.sharpness, "standard error": found.error,
-                })  # fmt: skip
-                write_rows(args.out / "sharpness.tsv", rows)
-    plot(rows, args.out / "sharpness.png")
-    common.written(args.out / "sharpness.tsv", args.out / "sharpness.png")
+    try:
+        for model in common.trained_models(args):
+            for row in measured(args, model):
+                rows.append(row)
+                write_rows(table, rows)
+    finally:
+        if rows:
+            plot(rows, image)
+    common.written(table, image)
+
+
+def measured(args: argparse.Namespace, of: common.Measured) -> Iterator[dict[str, Any]]:
+    """Measure a model.
+
+    Yields:
+        A row for each radius and direction.
+    """
+    model, loss_sum, batches, method = of.trained.model, of.trained.loss_sum, of.batches, PRESETS[args.method]
+    single = []
+    if "instance" in args.kinds:
+        single = of.note("instances", common.batches_of(args, of.trained, batch_size=1, number=args.instances))
+    for radius in args.radii:
+        ball: dict[str, Any] = {"epsilon": radius, "norm": args.norm, "method": method}
+        for kind in args.kinds:
+            progress = common.Progress(f"{kind} sharpness of {of.name} at {radius:g}")
+            if kind == "worst":
+                found = worst_sharpness(model, batches, loss_sum, **ball, steps=args.steps or STEPS, progress=progress)
+            elif kind == "ascent":
+                found = ascent_sharpness(model, batches, loss_sum, **ball)
+            elif kind == "average":
+                found = average_sharpness(
+                    model, batches, loss_sum, epsilon=radius, directions=args.directions, seed=args.seed,
+                    progress=progress,
+                )  # fmt: skip
+            else:
+                found = adversarial_risk(model, single, loss_sum, **ball, steps=args.steps or 1, progress=progress)
+            yield {
+                "model": of.name, "direction": kind, "norm": "l2" if kind == "average" else args.norm,
+                "method": "" if kind == "average" else args.method, "radius": radius, "loss": found.loss,
+                "perturbed loss": found.perturbed_loss, "sharpness": found.sharpness, "standard error": found.error,
+            }  # fmt: skip
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -8,7 +8,7 @@ import itertools
 import math
 import operator
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_whol
 from fairseq_sam.analysis.spectrum import (
     TOP,
     Eigenvalues,
+    Quadrature,
     check_lanczos,
     fisher_eigenvalues,
     hessian_density,
     hessian_eigenvalues,
     hessian_trace,
+    smoothed,
 )
 from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands import common, options
@@ -28,8 +30,8 @@ from fairseq_sam.commands import common, options
 PARTS = ("hessian", "fisher", "trace", "density")
 DEFAULTS = {"top": TOP, "instances": 256, "samples": 30, "density_steps": 80}
 USES = {
-    "top": ("hessian", "fisher"), "steps": ("hessian",), "instances": ("fisher",), "samples": ("trace",),
-    "density_steps": ("density",),
+    "top": ("hessian", "fisher"), "fisher_top": ("fisher",), "steps": ("hessian",), "instances": ("fisher",),
+    "samples": ("trace",), "density_steps": ("density",),
 }  # fmt: skip
 
 
@@ -38,6 +40,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = options.parser("spectrum", __doc__ or "")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured; default all")
     parser.add_argument("--top", type=options.integer(1), help=f"how many eigenvalues; default {TOP}")
+    parser.add_argument(
+        "--fisher-top", type=options.integer(1), help="how many of the Fisher information; default as --top"
+    )
     parser.add_argument(
         "--steps",
         type=options.integer(1),
@@ -61,42 +66,57 @@ def main(arguments: Sequence[str]) -> None:
     )
     args = parser.parse_args(arguments)
     options.refuse_unused(parser, args, "parts", USES)
-    if args.top is not None and "fisher" in args.parts and args.top > (args.instances or DEFAULTS["instances"]):
-        parser.error(
-            f"--top must be at most --instances, {args.instances or DEFAULTS['instances']}, got {args.top}: the Fisher "
-            "information has no more eigenvalues; raise --instances, or leave fisher out of --parts"
-        )
     options.fill(args, DEFAULTS)
-    tables: dict[str, list[dict[str, Any]]] = {"eigenvalues": [], "trace": [], "density": []}
-    for name, trained, batches in common.trained_models(args):
-        with common.about(name):
-            for table, found in measured(args, name, trained, batches):
-                tables[table] += found
-                write_rows(args.out / f"{table}.tsv", tables[table])
-    plot(tables, args.out / "spectrum.png")
-    common.written(*(args.out / f"{table}.tsv" for table, rows in tables.items() if rows), args.out / "spectrum.png")
+    options.fill(args, {"fisher_top": args.top})
+    if "fisher" in args.parts and args.fisher_top > args.instances:
+        parser.error(
+            f"--fisher-top, by default --top, must be at most --instances, {args.instances}, got {args.fisher_top}: "
+            "the Fisher information has no more eigenvalues; raise --instances, or leave fisher out of --parts"
+        )
+    names, image = ("eigenvalues", "trace", "density"), args.out / "spectrum.png"
+    common.refuse_earlier(args, *(f"{name}.tsv" for name in names), image.name)
+    tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    quadratures: dict[str, Quadrature] = {}
+    try:
+        for model in common.trained_models(args):
+            with common.about(model.name):
+                for table, found in measured(args, model):
+                    if isinstance(found, Quadrature):
+                        quadratures[model.name] = found
+                        tables[table] = density_rows(quadratures)
+                    else:
+                        tables[table] += found
+                    write_rows(args.out / f"{table}.tsv", tables[table])
+    finally:
+        if any(tables.values()):
+            plot(tables, image)
+    common.written(*(args.out / f"{table}.tsv" for table, rows in tables.items() if rows), image)
 
 
-def measured(
-    args: argparse.Namespace, name: str, trained: Any, batches: list[Any]
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def measured(args: argparse.Namespace, of: common.Measured) -> Iterator[tuple[str, list[dict[str, Any]] | Quadrature]]:
     """Measure a model.
 
     Yields:
-        Tables and the model's rows of them.
+        Tables and the model's rows of them; of the density what it is made of, since that of all models is smoothed
+        alike.
     """
-    objective = trained.objective(batches, args.exclude)
+    trained, name, objective, single = of.trained, of.name, of.trained.objective(of.batches, args.exclude), []
     if "density" in args.parts:
         check_lanczos(objective, args.density_steps)  # not after hours of the other parts
+    if "fisher" in args.parts:
+        single = of.note("instances", common.batches_of(args, trained, batch_size=1, number=args.instances))
+        if len(single) < args.fisher_top:
+            raise ValueError(
+                f"--fisher-top must be at most {len(single)}, the sentences of {args.subset}, got {args.fisher_top}"
+            )
     if "hessian" in args.parts:
         progress = common.Progress(f"Hessian of {name}")
         found = hessian_eigenvalues(objective, args.top, steps=args.steps, seed=args.seed, progress=progress)
         warn_of_others(name, found)
         yield "eigenvalues", eigenvalue_rows(name, "hessian", found)
     if "fisher" in args.parts:
-        single = common.batches_of(args, trained, batch_size=1, number=args.instances)
         found = fisher_eigenvalues(
-            trained.model, single, trained.loss_sum, min(args.top, len(single)), exclude=args.exclude,
+            trained.model, single, trained.loss_sum, args.fisher_top, exclude=args.exclude,
             progress=common.Progress(f"Fisher information of {name}"),
         )  # fmt: skip
         # Squares of gradients: those of a loss in bits are 1 / ln 2 times as large as a Hessian in bits.
@@ -107,9 +127,16 @@ def measured(
         yield "trace", [{"model": name, "trace": trace.value, "standard error": trace.error}]
     if "density" in args.parts:
         progress = common.Progress(f"density of {name}")
-        density = hessian_density(objective, steps=args.density_steps, seed=args.seed, progress=progress)
-        pairs = zip(density.grid.tolist(), density.density.tolist(), strict=True)
-        yield "density", [{"model": name, "eigenvalue": place, "density": value} for place, value in pairs]
+        yield "density", hessian_density(objective, steps=args.density_steps, seed=args.seed, progress=progress)
+
+
+def density_rows(quadratures: Mapping[str, Quadrature]) -> list[dict[str, Any]]:
+    """Return the table of densities, all smoothed alike."""
+    return [
+        {"model": name, "eigenvalue": place, "density": value, "kernel width": density.width}
+        for name, density in zip(quadratures, smoothed(list(quadratures.values())), strict=True)
+        for place, value in zip(density.grid.tolist(), density.density.tolist(), strict=True)
+    ]
 
 
 def eigenvalue_rows(name: str, matrix: str, found: Any) -> list[dict[str, Any]]:
@@ -162,8 +189,10 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         curves = by_model(tables["density"], "eigenvalue", "density")
         if "hessian" not in matrices:
             curves = with_traces(curves, traces)
+        width = tables["density"][0]["kernel width"]
         labels = {"x": f"eigenvalue of the Hessian\n(loss in {BITS})", "y": "density (its integral is 1)"}
-        draw_curves(axes[-1], curves, **labels, title="density of all eigenvalues", marker="")
+        title = f"density of all eigenvalues, σ = {width:.2g}"
+        draw_curves(axes[-1], curves, **labels, title=title, marker="")
         axes[-1].set_yscale("log")
         axes[-1].set_ylim(bottom=1e-8)
     elif traces and not matrices:

@@ -36,30 +36,45 @@ def main(arguments: Sequence[str]) -> None:
     models = dict(zip(common.model_names(args.checkpoints, args.names), args.checkpoints, strict=True))
     common.check_files(args.checkpoints)
     common.make_folder(args.out)
+    table, image = args.out / "transfer.tsv", args.out / "transfer.png"
+    common.refuse_earlier(args, table.name, image.name)
     common.import_user_module(args.user_dir)
     from fairseq_sam.adapter.probes import probe
     from fairseq_sam.adapter.sentences import LabelledFolder
 
     folders = named([LabelledFolder(path) for path in args.tasks])
-    progress, rows = common.Progress("task transfer"), []
+    tasks = {
+        task: {
+            "folder": folder.path.resolve(),
+            "digest": digest_of_files(*sorted(filter(Path.is_file, folder.path.rglob("*")))),
+        }
+        for task, folder in folders.items()
+    }
+    rows: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
-    for name, checkpoint in models.items():
-        measured.append({
-            "name": name, "checkpoint": checkpoint.resolve(), "weights": digest_of_files(checkpoint),
-            "tasks": {task: folder.path.resolve() for task, folder in folders.items()}, "finished": False,
-        })  # fmt: skip
-        write_settings(args, measured)
-        for number, (task, folder) in enumerate(folders.items(), 1):
-            with common.about(f"{name}, {task}"):
-                found = probe(checkpoint, folder, subset=args.subset, batch_size=args.batch_size, cpu=args.cpu)
-            rows += [{"model": name, "task": task, "metric": metric, "value": value} for metric, value in found.items()]
-            write_rows(args.out / "transfer.tsv", rows)
-            progress((len(measured) - 1) * len(folders) + number, len(models) * len(folders))
-        measured[-1]["finished"] = True
-        write_settings(args, measured)
-    print(table(rows))
-    plot(rows, args.out / "transfer.png")
-    common.written(args.out / "transfer.tsv", args.out / "transfer.png")
+    try:
+        for name, checkpoint in models.items():
+            own = {"name": name, "checkpoint": checkpoint.resolve(), "weights": digest_of_files(checkpoint)}
+            measured.append({**own, "tasks": tasks, "finished": False})
+            write_settings(args, measured)
+            for task, folder in folders.items():
+                progress = common.Progress(f"{name} on {task}")
+                with common.about(f"{name}, {task}"):
+                    found = probe(
+                        checkpoint, folder, subset=args.subset, batch_size=args.batch_size, cpu=args.cpu,
+                        progress=progress,
+                    )  # fmt: skip
+                rows += [
+                    {"model": name, "task": task, "metric": metric, "value": value} for metric, value in found.items()
+                ]
+                write_rows(table, rows)
+            measured[-1]["finished"] = True
+            write_settings(args, measured)
+    finally:
+        if rows:
+            plot(rows, image)
+    print(markdown(rows))
+    common.written(table, image)
 
 
 def named(folders: Sequence[Any]) -> dict[str, Any]:
@@ -79,7 +94,7 @@ def named(folders: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table: a line for each model, a column for each task and metric.
 
     Args:

@@ -39,7 +39,7 @@ def classification(run: Path, settings: dict[str, Any], device: list[str]) -> Sc
     folder, scores = Path(settings["data"]) / "data-bin", {}
     labels = Dictionary.load(str(folder / "label" / "dict.txt"))
     for split in ("valid", "test"):
-        logits, _ = outputs(run / "checkpoint_best.pt", folder, split, predictions.FORWARD, cpu=bool(device))
+        (logits,), _ = outputs(run / "checkpoint_best.pt", folder, [split], predictions.FORWARD, cpu=bool(device))
         rows = data_utils.load_indexed_dataset(str(folder / "label" / split), labels)
         wanted = torch.tensor([int(row[0]) - labels.nspecial for row in rows])
         scores[f"{split}_accuracy"] = accuracy(logits.argmax(1).tolist(), wanted.tolist())

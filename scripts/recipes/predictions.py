@@ -116,7 +116,7 @@ def predict(
     Raises:
         ValueError: if checkpoint, folder and labels do not fit.
     """
-    rows, trainer = outputs(checkpoint, folder.path, split, FORWARD, batch_size=batch_size, cpu=cpu)
+    (rows,), trainer = outputs(checkpoint, folder.path, [split], FORWARD, batch_size=batch_size, cpu=cpu)
     if trainer != folder.task.trainer:
         raise ValueError(f"{checkpoint} is of the task {trainer}, but {folder.task.name} needs {folder.task.trainer}")
     targets = folder.targets(split)

@@ -64,12 +64,12 @@ def test_batches_of_the_epsilon_are_those_of_training(checkpoints, monkeypatch, 
     monkeypatch.setattr(epsilon, "suggest_epsilon", only_one)
     out = ["--out", str(tmp_path)]
     for words in ([], ["--scope", "update"], ["--scope", "update", "--update-freq", "3"], ["--max-tokens", "300"]):
-        assert main(["epsilon", checkpoints[0], *words, *out]) == 0
+        assert main(["epsilon", checkpoints[0], *words, *out, "--overwrite"]) == 0
     cfg = torch.load(checkpoints[0], weights_only=False)["cfg"]
     dataset, freq = cfg["dataset"], cfg["optimization"]["update_freq"][-1]
     sizes = (dataset["max_tokens"], dataset["batch_size"])
     assert any(sizes) and seen == [
-        ("train", *sizes, 8), ("train", *sizes, 8 * freq), ("train", *sizes, 24), ("train", 300, None, 8),
+        ("train", *sizes, 8), ("train", *sizes, 8 * freq), ("train", *sizes, 24), ("train", 300, sizes[1], 8),
     ]  # fmt: skip
 
 
@@ -107,8 +107,8 @@ def test_epsilon_of_a_model_before_training(checkpoints, trained, translation_da
     rows = rows_of(tmp_path / "epsilon.tsv")
     curves = [[row["perturbed loss"] for row in rows if row["model"] == model] for model in ("adam", "ga_sam")]
     assert curves[0] == curves[1] and len(curves[0]) > 5
-    assert main(["epsilon", checkpoints[0], *words[1:]]) == 0
+    assert main(["epsilon", checkpoints[0], *words[1:], "--overwrite"]) == 0
     assert rows_of(tmp_path / "epsilon.tsv")[0]["loss"] != rows[0]["loss"]
     flags = [*runs.TRANSLATION, "--finetune-from-model", checkpoints[0], "--optimizer", "adam", "--max-update", "1"]
     runs.train(translation_data, tmp_path / "tuned", *flags)
-    assert main(["epsilon", str(tmp_path / "tuned" / "checkpoint_last.pt"), *words]) == 2
+    assert main(["epsilon", str(tmp_path / "tuned" / "checkpoint_last.pt"), *words, "--overwrite"]) == 2

@@ -1,12 +1,13 @@
 """What the commands share."""
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
 
 from fairseq_sam.__main__ import main
-from fairseq_sam.commands.common import model_names
+from fairseq_sam.commands.common import Progress, model_names
 from fairseq_sam.commands.settings import digest_of_data
 
 
@@ -47,6 +48,17 @@ def test_bad_names():
         model_names([Path("a.pt")], [" "])
     with pytest.raises(ValueError, match="two checkpoints are the same file"):
         model_names([Path("x/../a.pt"), Path("a.pt")], None)
+
+
+def test_the_time_left_is_that_of_what_is_done_now(monkeypatch):
+    """Parts that an earlier run did took none of this one's time."""
+    now, shown = [0.0], io.StringIO()
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    for start, left in ((0, "0:00:10"), (80, "0:00:20")):
+        progress = Progress("work", start, stream=shown)
+        now[0] += 20.0
+        progress(90, 100) if start else progress(65, 100)
+        assert shown.getvalue().splitlines()[-1].endswith(f", {left} left"), shown.getvalue()
 
 
 COUNTS = {
@@ -99,7 +111,14 @@ BAD = [([command, flag, value], f"{flag}: must be an integer >= 1, got {value}")
         (["spectrum", "--parts", "hessian", "--instances", "9"], "--instances is of the --parts fisher only, got"),
         (["spectrum", "--parts", "hessian", "--samples", "9"], "--samples is of the --parts trace only, got"),
         (["spectrum", "--parts", "hessian", "--density-steps", "9"], "--density-steps is of the --parts density only"),
-        (["spectrum", "--top", "9", "--instances", "8"], "--top must be at most --instances, 8, got 9: the Fisher"),
+        (
+            ["spectrum", "--top", "9", "--instances", "8"],
+            "--fisher-top, by default --top, must be at most --instances, 8, got 9",
+        ),
+        (["spectrum", "--parts", "hessian", "--fisher-top", "9"], "--fisher-top is of the --parts fisher only, got"),
+        (["epsilon", "--least", "1", "--most", "0.1"], "--least must be smaller than --most, got 1 and 0.1"),
+        (["sharpness", "--method", "ga_sam"], "--method: invalid choice: 'ga_sam' (choose from 'sam', 'asam', 'awp')"),
+        (["sharpness", "--method", "model_perturbation"], "--method: invalid choice: 'model_perturbation'"),
         (["robustness", "--remove-bpe", "none"], "--remove-bpe is of --bleu only, got 'none'"),
         (["sharpness", "--method", "freelb"], "--method: invalid choice: 'freelb' (choose from 'sam', "),
         (["sharpness", "--kinds", "best"], "--kinds: invalid choice: 'best'"),

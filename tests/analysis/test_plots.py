@@ -87,7 +87,8 @@ def spectrum_of(models, *, eigenvalues=True, density=True):
             for name in models for rank in ranks if eigenvalues
         ],
         "density": [
-            {"model": name, "eigenvalue": rank, "density": 1 / rank} for name in models for rank in ranks if density
+            {"model": name, "eigenvalue": rank, "density": 1 / rank, "kernel width": 0.25}
+            for name in models for rank in ranks if density
         ],
     }  # fmt: skip
 
@@ -100,6 +101,7 @@ def test_spectrum_shows_traces_and_whole_ranks(saved):
     assert [text.get_text() for text in hessian.get_legend().get_texts()] == with_traces
     assert [text.get_text() for text in density.get_legend().get_texts()] == models
     assert all(tick == int(tick) for tick in hessian.get_xticks())
+    assert "σ = 0.25" in density.get_title()
     spectrum.plot(spectrum_of(models, eigenvalues=False), "density.png")
     assert [text.get_text() for text in saved[-1].axes[0].get_legend().get_texts()] == with_traces
     spectrum.plot(spectrum_of(models, eigenvalues=False, density=False), "trace.png")

@@ -7,10 +7,17 @@ import torch
 
 from fairseq_sam.analysis.memory import free_bytes
 from fairseq_sam.analysis.objective import Objective
-from fairseq_sam.analysis.spectrum import fisher_eigenvalues, hessian_density, hessian_eigenvalues, hessian_trace
+from fairseq_sam.analysis.spectrum import (
+    fisher_eigenvalues,
+    hessian_density,
+    hessian_eigenvalues,
+    hessian_trace,
+    smoothed,
+)
 from tests.analysis.models import (
     Logistic,
     Network,
+    Quadratic,
     classes_data,
     classes_loss,
     cut,
@@ -24,6 +31,10 @@ from tests.analysis.test_objective import whole_hessian
 
 def network_objective(**options):
     return Objective(Network(), cut(classes_data(), 1, 8, 3), classes_loss, **options)
+
+
+def quadratic_with(eigenvalues):
+    return Quadratic(torch.diag(eigenvalues.double()), torch.ones(len(eigenvalues), dtype=torch.float64))
 
 
 def test_eigenvalues_of_a_quadratic():
@@ -87,8 +98,7 @@ def test_trace():
     dense = float(whole_hessian(objective).trace())
     found = hessian_trace(objective, 400)
     assert abs(found.value - dense) < 4 * found.error and found.error < 0.2 * abs(dense)
-    model = random_quadratic()
-    model.A = torch.diag(torch.arange(1.0, 7.0, dtype=torch.float64))
+    model = quadratic_with(torch.arange(1.0, 7.0))
     exact = hessian_trace(Objective(model, [2.0], quadratic_loss), 2)  # signs: exact for a diagonal
     assert exact.value == pytest.approx(21.0) and exact.error == pytest.approx(0.0, abs=1e-12)
 
@@ -96,12 +106,30 @@ def test_trace():
 def test_density():
     objective = network_objective()
     dense = torch.linalg.eigvalsh(whole_hessian(objective))
-    found = hessian_density(objective, steps=40, runs=30, points=4000)
+    (found,) = smoothed([hessian_density(objective, steps=40, runs=30)], points=4000)
     gap = found.grid[1] - found.grid[0]
     assert float(found.density.sum() * gap) == pytest.approx(1.0, abs=0.01)
     mean, second = ((found.density * found.grid**n).sum() * gap for n in (1, 2))
     assert float(mean) == pytest.approx(float(dense.mean()), abs=0.05)
     assert float(second) == pytest.approx(float((dense**2).mean() + found.width**2), rel=0.3)
+
+
+def test_densities_of_models_are_smoothed_alike():
+    """By what the worst of them resolves, on a grid that holds all of both, as integrals and means show."""
+    sharp, flat = (quadratic_with(torch.tensor(values)) for values in ([1.0, 2.0, 40.0], [0.5, 1.0, 2.0]))
+    quadratures = [hessian_density(Objective(model, [1.0], quadratic_loss), steps=3) for model in (sharp, flat)]
+    widths = [found.width for found in quadratures]
+    assert widths[0] == pytest.approx(39 / 3) and widths[1] < 1
+    densities = smoothed(quadratures, points=20_000)
+    assert {found.width for found in densities} == {widths[0]} and torch.equal(densities[0].grid, densities[1].grid)
+    gap = densities[0].grid[1] - densities[0].grid[0]
+    for found, mean in zip(densities, (43 / 3, 3.5 / 3), strict=True):  # signs: exact means for a diagonal
+        assert float(found.density.sum() * gap) == pytest.approx(1.0, abs=1e-3)
+        assert float((found.density * found.grid).sum() * gap) == pytest.approx(mean, abs=0.02)
+    assert {found.width for found in smoothed(quadratures, width=0.5)} == {0.5}
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="width must be a finite number > 0"):
+            smoothed(quadratures, width=wrong)
 
 
 def test_progress_counts_products():

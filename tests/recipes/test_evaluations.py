@@ -221,7 +221,7 @@ def test_task_transfer_as_a_command(sentences, tmp_path, capsys):
     for name, model in ((BEST, "best"), (LAST, "last")):
         assert found[model, "CoLA", "matthews"] == pytest.approx(expected[name], abs=1e-3)
     shown = capsys.readouterr()
-    assert f"| best | {expected[BEST]:.2f} |" in shown.out and "task transfer: 4 of 4" in shown.err
+    assert f"| best | {expected[BEST]:.2f} |" in shown.out and "last on RTE: " in shown.err
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
 
 
@@ -237,6 +237,17 @@ def test_a_task_of_spans_is_no_task_to_transfer_to(sentences, tmp_path, capsys):
     )
     assert transfer(sentences, tmp_path, folder) == 2
     assert "error: run, WiC: WiC is a task of span_prediction" in capsys.readouterr().err
+
+
+def test_data_with_other_words_of_the_same_number(sentences, tmp_path, capsys):
+    """Their numbers would be taken for those of the model's words."""
+    folder = tmp_path / "CoLA"
+    shutil.copytree(sentences.folder / "transfer" / "CoLA", folder)
+    path = folder / "input0" / "dict.txt"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-2], lines[-1], lines[-2]]) + "\n")
+    assert transfer(sentences, tmp_path / "out", folder) == 2
+    assert "do not fit together: the data must be made with the model's dictionary" in capsys.readouterr().err
 
 
 def test_transfer_to_folders_of_fairseq_itself(sentences, tmp_path, capsys):
@@ -268,7 +279,9 @@ def test_transfer_to_folders_of_fairseq_itself(sentences, tmp_path, capsys):
     assert values[names[0], "accuracy"] == pytest.approx(100 * accuracy_score(wanted, linear.predict(new)), abs=1e-3)
     assert values[names[2], "pearson"] > 50, "the length of a sentence is in its features"
     whole = json.loads((tmp_path / "out" / "transfer.json").read_text())
-    assert whole["runs"][0]["measured"][0]["tasks"] == dict(zip(names, map(str, folders), strict=True))
+    tasks = whole["runs"][0]["measured"][0]["tasks"]
+    assert {name: task["folder"] for name, task in tasks.items()} == dict(zip(names, map(str, folders), strict=True))
+    assert tasks[names[0]]["digest"] == tasks[names[1]]["digest"] != tasks[names[2]]["digest"]
     capsys.readouterr()
     shutil.copytree(own, tmp_path / "other")
     with (tmp_path / "other" / "input0" / "dict.txt").open("a") as file:
@@ -280,7 +293,7 @@ def test_transfer_to_folders_of_fairseq_itself(sentences, tmp_path, capsys):
         ([folders[0], "--subset", "dev"], "has no answers of dev, in label"),
         ([folders[0], "--user-dir", "nowhere"], "--user-dir must be the folder of a plugin of fairseq, got nowhere"),
     ):
-        assert transfer(sentences, tmp_path / "out", *words) == 2
+        assert transfer(sentences, tmp_path / "none", *words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert error in line
 
