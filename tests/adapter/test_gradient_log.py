@@ -41,6 +41,13 @@ def test_every_second_update(run):
     assert set(norms_by_layer(gradients)) == {"encoder", "decoder"}
 
 
+def test_the_base_optimizer_before_the_start_epoch(run, translation_data, tmp_path):
+    """The same numbers as with a radius of 0, at the cost of the base optimizer."""
+    flags = [*runs.TRANSLATION, "--optimizer", "sam", "--sam-start-epoch", "10000", "--sam-gradient-log", "2"]
+    runs.train(translation_data, tmp_path, *flags, "--max-update", "6", "--clip-norm", "0.1")
+    assert (tmp_path / FILE).read_text().splitlines() == (run / FILE).read_text().splitlines()[:3]
+
+
 def test_a_resumed_run_goes_on_with_the_file(run, translation_data):
     before = logged_norms(run / FILE)
     (run / "checkpoint_1_4.pt").replace(run / "checkpoint_last.pt")
