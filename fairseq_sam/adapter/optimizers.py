@@ -346,8 +346,10 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.has_warned_of_rounding = False
         self.has_warned_of_search = False
         self.num_ascents = 0
-        self.num_skipped = 0
-        self._before_update: tuple[dict[str, Any], int, int] | None = None  # until the base has updated the weights
+        self.num_skipped: int | torch.Tensor = 0
+        self._before_update: tuple[dict[str, Any], int, int | torch.Tensor] | None = (
+            None  # until the base has updated the weights
+        )
 
     @property
     def method(self) -> Method:
@@ -484,7 +486,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             "preset": self.preset,
             "base": self.cfg.base_optimizer,
             "num_ascents": self.num_ascents,
-            "num_skipped": self.num_skipped,
+            "num_skipped": int(self.num_skipped),
             **self.memory.state_dict(),
         }
         return {**self.base.state_dict(), STATE_KEY: own}

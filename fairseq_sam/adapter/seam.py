@@ -260,7 +260,7 @@ class SharpnessAwareTrainStep:
             clean.append(last[-1] if first is None else first)
             measured.add(step.measured, share)
         self._optimizer.num_ascents += 1
-        self._optimizer.num_skipped += measured.num_skipped
+        self._optimizer.num_skipped = self._optimizer.num_skipped + measured.num_skipped
         return self._reduced(self._finish(measured, joined(clean), joined(last)))
 
     def _share_perturbation(self, batch: MicroBatch, is_retry: bool = False) -> Pass:
@@ -290,7 +290,7 @@ class SharpnessAwareTrainStep:
         )
         self._offset += len(batch) if self._method.selects and not batch.is_dummy else 0
         if finish:
-            self._optimizer.num_skipped += self._step.measured.num_skipped
+            self._optimizer.num_skipped = self._optimizer.num_skipped + self._step.measured.num_skipped
         return self._reduced(self._finish(self._step.measured, self._clean_result(last), last))
 
     def _clean_result(self, last: Pass) -> Pass:
@@ -552,7 +552,7 @@ class SharpnessAwareTrainStep:
         return all(master is not None and torch.equal(master, tensor.detach().float()) for master, tensor in pairs)
 
     def _log_skipped(self) -> None:
-        metrics.log_scalar("sam_skipped", self._optimizer.num_skipped, weight=0)
+        metrics.log_scalar("sam_skipped", _value(self._optimizer.num_skipped), weight=0)
 
 
 def _bits(result: Pass) -> float:

@@ -95,7 +95,7 @@ def corrupted(
             found.losses.append(loss)
             perturbation.advance(list(gradients), 1.0)
             step_done()
-        found.is_lost = perturbation.measured.num_overflows > 0
+        found.is_lost = bool(perturbation.measured.num_overflows > 0)
         with perturbation.applied():
             perturbation.measure()
             found.norm = float(perturbation.measured.perturbation_norm)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sam.core.method import Method
-from fairseq_sam.core.tensors import Gradients, dense, is_own
+from fairseq_sam.core.tensors import Flag, Gradients, dense, is_own, kept, known
 
 BLOCK = 2**16  # numbers whose products are added up in float32
 
@@ -31,8 +31,16 @@ class Descent:
         self.first: Gradients = []  # g_0, where it is needed
         self.sample_size = 0.0  # of the ascent passes
 
-    def observe(self, gradients: Gradients, sample_size: float) -> None:
-        """See the gradient of the next ascent pass, which is the descent's own from then on."""
+    def observe(self, gradients: Gradients, sample_size: float, counts: Flag = True) -> None:
+        """See the gradient of the next ascent pass, which is the descent's own from then on.
+
+        Args:
+            gradients: of the pass.
+            sample_size: of the pass.
+            counts: whether it is one; else nothing is done.
+        """
+        if counts is False:
+            return
         if not self.first and (self.method.descent == "gsam" or self.method.between == "reuse"):
             self.first = gradients
         self.sample_size = sample_size
@@ -64,18 +72,26 @@ class Mean(Descent):
     def __init__(self, method: Method) -> None:
         super().__init__(method)
         self._mean: Gradients = []
-        self._num = 0
+        self._num: int | Tensor = 0
 
-    def observe(self, gradients: Gradients, sample_size: float) -> None:
+    def observe(self, gradients: Gradients, sample_size: float, counts: Flag = True) -> None:
         """See the gradient of the next ascent pass, which is the descent's own from then on."""
-        super().observe(gradients, sample_size)
+        super().observe(gradients, sample_size, counts)
+        if counts is False:
+            return
         mean = self._mean or [None] * len(gradients)
-        self._mean = [_running_mean(m, g, self._num, overwrite=True) for m, g in zip(mean, gradients, strict=True)]
-        self._num += 1
+        if isinstance(counts, Tensor):  # in place of one that does not count stands the mean itself
+            gradients = [_where(counts, g, m) for g, m in zip(gradients, mean, strict=True)]
+        # The gradient itself may be what the weights are about to be moved by.
+        overwrite = "" if self.first else "mean"
+        self._mean = [_running_mean(m, g, self._num, overwrite) for m, g in zip(mean, gradients, strict=True)]
+        self._num = self._num + (1 if counts is True else counts)
 
     def combine(self, i: int, gradient: Tensor | None, *, overwrite: bool = False) -> Tensor | None:
         """Extend the mean by the last pass's gradient."""
-        return _running_mean(self._mean[i] if self._mean else None, gradient, self._num, overwrite)
+        return _running_mean(
+            self._mean[i] if self._mean else None, gradient, self._num, "gradient" if overwrite else ""
+        )
 
     def combine_all(self, gradients: Gradients, sample_size: float, reduce: Reduce) -> Gradients:
         """Extend the mean by the last pass's gradient, at its sample size."""
@@ -127,10 +143,10 @@ def add_component(
         num_workers: how many workers' results are summed later, each with its share of the component.
     """
     length = dot(component, component).sqrt()
-    if not length > 0 or alpha == 0:
+    if alpha == 0 or known(length > 0) is False:
         return gradients
     whole = reduce(gradients)
-    factor = alpha * dot(whole, whole).sqrt() / (length * num_workers)
+    factor = torch.where(length > 0, alpha * dot(whole, whole).sqrt() / (length * num_workers), 0.0)
     return [
         g if v is None or g is None else g + (v * factor.to(v.device)).to(g.dtype)
         for g, v in zip(gradients, component, strict=True)
@@ -181,14 +197,39 @@ def _minus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return -second if first is None else first - second
 
 
-def _running_mean(mean: Tensor | None, gradient: Tensor | None, count: int, overwrite: bool = False) -> Tensor | None:
-    """Mean of `count` gradients, extended by one, which may be overwritten or not; a missing gradient counts as 0."""
-    if count == 0:
+def _where(flag: Tensor, gradient: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """One gradient where a flag is set, else another; a missing one is 0."""
+    if gradient is None:
+        return None if other is None else kept(dense(other), ~flag)
+    flag = flag.to(gradient.device)
+    return kept(dense(gradient), flag) if other is None else torch.where(flag, dense(gradient), dense(other))
+
+
+def _running_mean(
+    mean: Tensor | None, gradient: Tensor | None, count: int | Tensor, overwrite: str = ""
+) -> Tensor | None:
+    """Mean of `count` gradients, extended by one; a missing gradient counts as 0.
+
+    Args:
+        mean: of the others.
+        gradient: the new one.
+        count: how many the others are.
+        overwrite: ``mean`` or ``gradient``: which may be overwritten; default neither.
+    """
+    if isinstance(count, int) and count == 0:
         return gradient
     if gradient is None:
-        return None if mean is None else mean * (count / (count + 1))
+        return None if mean is None else mean * (1.0 - _share(count, mean))
     if mean is None:
-        return gradient / (count + 1)
-    if overwrite and is_own(gradient, mean):
-        return gradient.lerp_(mean, count / (count + 1))
-    return mean + (gradient - mean) / (count + 1)
+        return gradient * _share(count, gradient)
+    share = _share(count, mean)
+    if overwrite == "gradient" and is_own(gradient, mean):
+        return gradient.lerp_(mean, 1.0 - share)
+    if overwrite == "mean" and is_own(mean, gradient):
+        return mean.lerp_(gradient, share)
+    return mean + (gradient - mean) * share
+
+
+def _share(count: int | Tensor, like: Tensor) -> float | Tensor:
+    """Of a gradient in the mean of `count` others and itself."""
+    return 1.0 / (count + 1) if isinstance(count, int) else 1.0 / (count + 1).to(like.device, like.dtype)

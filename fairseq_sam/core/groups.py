@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sam.core.norms import joined_norms
+from fairseq_sam.core.tensors import on_device
 
 if TYPE_CHECKING:
     from fairseq_sam.core.vectors import Vector
@@ -45,7 +46,7 @@ class Groups:
         if self.granularity == "tensor":
             return norms
         keys = self._keys(len(norms))
-        return joined_norms(norms, torch.tensor(keys, device=norms.device), max(keys, default=0) + 1, p)
+        return joined_norms(norms, on_device(keys, norms.device), max(keys, default=0) + 1, p)
 
     def sizes(self, tensors: Sequence[Tensor]) -> list[float]:
         """How many numbers the group of each tensor's numbers has: `n_i`."""
@@ -68,7 +69,7 @@ class Groups:
             return torch.stack([flag.sum().to(flags[0].device) for flag in flags]).sum()
         keys = self._keys(len(flags)) if self.granularity != "tensor" else list(range(len(flags)))
         first = list({key: place for place, key in reversed(list(enumerate(keys)))}.values())
-        return flags[first].sum()
+        return flags[on_device(first, flags.device)].sum()
 
     def _keys(self, length: int) -> list[int]:
         """Group number of each tensor, counted from 0."""

@@ -16,9 +16,9 @@ from fairseq_sam.core.method import Method
 from fairseq_sam.core.norms import vector_norm
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.rounding import HALF, round_stochastically
-from fairseq_sam.core.scales import ScaleOperator, build_scale
+from fairseq_sam.core.scales import SCALES, ScaleOperator, build_scale
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.tensors import Gradients, at_least_float32, dense, wide_dtype
+from fairseq_sam.core.tensors import Flag, Gradients, at_least_float32, dense, kept, known, on_device, wide_dtype
 from fairseq_sam.core.unperturbed import Places, none_runs
 from fairseq_sam.core.vectors import ALL, Ball, Factor, Vector, add_scaled_
 
@@ -36,7 +36,7 @@ class Measurements:
             is after rounding, else of what was added; for embeddings, the largest of the sentences' norms.
         num_capped: groups whose T was capped.
         num_skipped: ascent steps without a usable gradient (zero, infinite or NaN); the perturbation is then 0.
-        num_overflows: those of them whose gradient was infinite or NaN.
+        num_overflows: those of them whose gradient was infinite or NaN. On a GPU both are tensors.
         num_passes: forward-backward passes, in passes over the whole batch.
         num_forwards: forward passes without gradient, in passes over the whole batch.
         survived: how much of the perturbation the rounding to half precision leaves, from 0 to 1; None in float32.
@@ -46,8 +46,8 @@ class Measurements:
     gradient_norm: float | Tensor = 0.0
     perturbation_norm: float | Tensor = 0.0
     num_capped: int | Tensor = 0
-    num_skipped: int = 0
-    num_overflows: int = 0
+    num_skipped: int | Tensor = 0
+    num_overflows: int | Tensor = 0
     num_passes: float = 0
     num_forwards: float = 0
     survived: float | Tensor | None = None
@@ -63,8 +63,8 @@ class Measurements:
         self.gradient_norm = self.gradient_norm + share * other.gradient_norm
         self.perturbation_norm = self.perturbation_norm + share * other.perturbation_norm
         self.num_capped = self.num_capped + other.num_capped
-        self.num_skipped += other.num_skipped
-        self.num_overflows += other.num_overflows
+        self.num_skipped = self.num_skipped + other.num_skipped
+        self.num_overflows = self.num_overflows + other.num_overflows
         self.num_passes += share * other.num_passes
         self.num_forwards += share * other.num_forwards
         if other.survived is not None:
@@ -98,24 +98,26 @@ class WeightPerturbation:
         self._active: list[int] = []  # parameters that have an ascent gradient and may move
         self._transformed: Vector | None = None  # T^-1 a of the active parameters
         self._scale: ScaleOperator | None = None
+        self._is_scaled: Flag = False  # T is known
+        self._moves: Flag = False
         self._ball = Ball(method.norm, method.epsilon)
         self._random: RandomState | None = None
         self._num_moves = 0
         self._is_moved = False
-        self._is_dropped = False  # the last pass was the last move
         self._is_folded = False  # T and the mask are multiplied in
         self._places = Places()  # where other weights stand in a call that is not perturbed
 
     @property
-    def is_zero(self) -> bool:
-        """Whether nothing is moved."""
-        return (self._transformed is None and not self._is_dropped) or self.method.epsilon == 0
+    def moves(self) -> Flag:
+        """Whether anything is moved."""
+        return False if self.method.epsilon == 0 else self._moves
 
     def begin(self, random: RandomState) -> None:
         """Start at 0."""
         self.measured = Measurements()
         self._active, self._transformed, self._scale = [], None, None
-        self._is_dropped = self._is_folded = False
+        self._is_scaled = self._moves = False
+        self._is_folded = False
         self._random, self._num_moves = random, 0
         if self.method.mask == "random":
             keep = 1.0 - float(self.method.sparsity or 0.0)
@@ -125,8 +127,10 @@ class WeightPerturbation:
     # -- the ascent ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def advance(self, gradients: Gradients, unit: float, *, overwrite: bool = False) -> bool:
+    def advance(self, gradients: Gradients, unit: float, *, overwrite: bool = False) -> Flag:
         """Take an ascent step; a gradient that is zero or not finite makes the perturbation 0 and is counted.
+
+        The host does not wait for a GPU to know: there, all is computed, and made 0 where that is so.
 
         Args:
             gradients: one for each parameter, or None.
@@ -143,15 +147,17 @@ class WeightPerturbation:
         norm = ascent.norm(2.0) * unit if self._active else torch.zeros(())
         if first:
             self.measured.gradient_norm = norm
-        is_finite = bool(torch.isfinite(norm))
-        if is_finite and norm > 0:
-            if self._scale is None:
-                self._build_scale(ascent, unit)
-            self._step_(ascent, unit)
-        else:
-            self._skip()
-            self.measured.num_overflows += not is_finite
-        return is_finite
+        is_finite = torch.isfinite(norm)
+        usable = known(is_finite & (norm > 0))
+        if usable is not False:
+            self._build_scale(ascent, unit, usable)
+            usable = self._step_(ascent, unit, usable)
+        self._moves = usable
+        if usable is False:
+            self._transformed = None
+        self.measured.num_skipped = self.measured.num_skipped + _unset(usable)
+        self.measured.num_overflows = self.measured.num_overflows + _unset(known(is_finite))
+        return known(is_finite)
 
     @torch.no_grad()
     def advance_randomly(self, random: RandomState) -> None:
@@ -159,9 +165,9 @@ class WeightPerturbation:
         if not self._active:  # else a clean pass has shown which parameters have a gradient
             self._activate(range(len(self.space.tensors)))
         direction = Vector(self._gaussian(random, "direction"))
-        if self._scale is None:
-            self._build_scale(direction, 1.0)
+        self._build_scale(direction, 1.0)
         self._transformed = self._ball.normalize_(direction).scale_(self.method.epsilon)
+        self._moves = True
 
     def _activate(self, present: Sequence[int]) -> None:
         self._active = [i for i in present if self.space.perturbed[i] and self.space.tensors[i].numel()]
@@ -187,8 +193,11 @@ class WeightPerturbation:
         master = self.space.masters[i]
         return at_least_float32(self._backup[i] if master is None else master.detach())
 
-    def _build_scale(self, ascent: Vector, unit: float) -> None:
-        self._scale = build_scale(
+    def _build_scale(self, ascent: Vector, unit: float, usable: Flag = True) -> None:
+        """Build T from the first usable gradient; the host may not know whether there was one."""
+        if self._is_scaled is True:
+            return
+        scale = build_scale(
             self.method.scale,
             self._groups(),
             Vector([self._anchor(i) for i in self._active], owned=False),
@@ -197,16 +206,27 @@ class WeightPerturbation:
             eta=self.method.asam_eta,
             max_scale=self.method.max_scale,
         )
+        if not SCALES[self.method.scale].gradient_based:
+            usable = True
+        if isinstance(usable, Tensor):
+            scale = scale.kept(usable)
+        if isinstance(self._is_scaled, Tensor) and self._scale is not None:
+            scale, usable = scale.unless(self._is_scaled, self._scale), usable | self._is_scaled
+        self._scale, self._is_scaled = scale, usable
         self.measured.num_capped = self._scale.num_capped
 
-    def _step_(self, ascent: Vector, unit: float) -> None:
-        """Add a step to ``T^-1 a`` and project. Overwrites `ascent`."""
+    def _step_(self, ascent: Vector, unit: float, usable: Flag) -> Flag:
+        """Add a step to ``T^-1 a`` and project; return whether that could be done. Overwrites `ascent`."""
         if self._factors is not None:
             ascent.scale_(self._factors)
         norm = ascent.norm(2.0)
-        if not (torch.isfinite(norm) and norm > 0):
-            self._skip()
-            return
+        fits = known(torch.isfinite(norm) & (norm > 0))
+        usable = fits if usable is True else usable & fits
+        if usable is False:
+            return False
+        for vector in (ascent, self._transformed):
+            if isinstance(usable, Tensor) and vector is not None:
+                vector.keep_if_(usable)
         if self.method.step_rule == "steepest":
             self._ball.steepest_(ascent).scale_(self.method.eta)
         else:
@@ -214,15 +234,12 @@ class WeightPerturbation:
         if self._transformed is not None:
             ascent.add_(self._transformed)
         self._transformed = self._ball.project_(ascent)
+        return usable
 
     @property
     def _factors(self) -> Tensor | list[Tensor] | None:
         """T, where it is not 1."""
         return None if self._scale is None else self._scale.factors
-
-    def _skip(self) -> None:
-        self.measured.num_skipped += 1
-        self._transformed = None
 
     # -- the move --------------------------------------------------------------------------------------------------
 
@@ -232,7 +249,7 @@ class WeightPerturbation:
         Args:
             final: it is the last move: what it was is measured, then forgotten, since it takes memory.
         """
-        if self.is_zero or self._transformed is None:
+        if self.method.epsilon == 0 or self._transformed is None:
             return nullcontext()
         return self._moved(self._perturbation, final)
 
@@ -257,16 +274,21 @@ class WeightPerturbation:
     @torch.no_grad()
     def measure(self) -> None:
         """Measure the change that the weights undergo: in float32 what is added to them, else what is left of it."""
-        if self.is_zero or self._transformed is None:
+        if self.method.epsilon == 0 or self._transformed is None:
             return
+        survived = None
         if any(self.space.tensors[i].dtype in HALF for i in self._active):
             moved = [self.space.tensors[i].detach().to(self._anchor(i).dtype) - self._backup[i] for i in self._active]
-            self.measured.perturbation_norm = vector_norm(moved, self.method.norm)
-            self.measured.survived = self._survived(moved)
+            norm = vector_norm(moved, self.method.norm)
+            survived = self._survived(moved)
         elif self._is_plain:
-            self.measured.perturbation_norm = self._vector().norm(self.method.norm)
+            norm = self._vector().norm(self.method.norm)
         else:
-            self.measured.perturbation_norm = vector_norm(self._values(), self.method.norm)
+            norm = vector_norm(self._values(), self.method.norm)
+        if isinstance(self._moves, Tensor):
+            norm = kept(norm, self._moves)
+            survived = None if survived is None else torch.where(self._moves, survived, 1.0)
+        self.measured.perturbation_norm, self.measured.survived = norm, survived
 
     def _survived(self, moved: Sequence[Tensor]) -> Tensor:
         """The part of the perturbation that the change contains: ``<change, a> / <a, a>``, at most 1."""
@@ -317,7 +339,7 @@ class WeightPerturbation:
             vector.scale_(self._factors)
         if any(mask is not None for mask in self._mask()):
             numbers = [1.0 if mask is None else float(mask) for mask in self._mask()]
-            vector.scale_(torch.tensor(numbers, dtype=torch.float64, device=vector.tensors[0].device))
+            vector.scale_(on_device(numbers, vector.tensors[0].device, torch.float64))
         return vector
 
     def _values(self) -> list[Tensor]:
@@ -351,7 +373,7 @@ class WeightPerturbation:
                     self._add(i, value, factor, generators)
             if final:
                 self.measure()
-                self._transformed, self._scale, self._is_dropped = None, None, True
+                self._transformed, self._scale = None, None
             torch.clear_autocast_cache()  # an autocast around all passes would go on with casts of the unperturbed
             yield
         finally:
@@ -402,6 +424,11 @@ class WeightPerturbation:
         ]
 
 
+def _unset(flag: Flag) -> int | Tensor:
+    """1 where a flag is not set, else 0."""
+    return int(not flag) if isinstance(flag, bool) else (~flag).long()
+
+
 class EmbeddingPerturbation:
     """A perturbation of word-embedding outputs, one ball for each sentence (FreeLB, Zhu et al. 2020, Algorithm 1).
 
@@ -421,9 +448,9 @@ class EmbeddingPerturbation:
         self._random: RandomState | None = None
 
     @property
-    def is_zero(self) -> bool:
-        """Whether nothing is moved."""
-        return self.method.epsilon == 0
+    def moves(self) -> bool:
+        """Whether anything is moved."""
+        return self.method.epsilon > 0
 
     def begin(self, random: RandomState) -> None:
         """Start at 0 or at uniform noise, drawn when the first pass shows the shapes."""
@@ -431,33 +458,39 @@ class EmbeddingPerturbation:
         self._deltas, self._leaves, self._random = [], {}, random
 
     @torch.no_grad()
-    def advance(self, gradients: Gradients, unit: float, *, overwrite: bool = False) -> bool:
+    def advance(self, gradients: Gradients, unit: float, *, overwrite: bool = False) -> Flag:
         """Take an ascent step along the gradients that the pass left at the embeddings."""
-        if self.is_zero:
-            return all(g is None or bool(torch.isfinite(g).all()) for g in gradients)
+        if not self.moves:
+            present = [g for g in gradients if g is not None]
+            return known(torch.isfinite(vector_norm(present, 2.0))) if present else True
         leaves = [self._leaves[call].grad for call in range(len(self._deltas))] if self._leaves else []
         ascent = Vector([torch.zeros_like(d) if g is None else g for d, g in zip(self._deltas, leaves, strict=True)])
         norm = ascent.norm(2.0) * unit if ascent.tensors else torch.zeros(())
-        if not self.measured.gradient_norm:
+        if not torch.is_tensor(self.measured.gradient_norm):
             self.measured.gradient_norm = norm
-        is_finite = bool(torch.isfinite(norm))
-        if not is_finite or norm == 0:
-            self.measured.num_skipped += 1
-            self.measured.num_overflows += not is_finite
+        is_finite = torch.isfinite(norm)
+        usable = known(is_finite & (norm > 0))
+        self.measured.num_skipped = self.measured.num_skipped + _unset(usable)
+        self.measured.num_overflows = self.measured.num_overflows + _unset(known(is_finite))
+        if usable is False:
             self._deltas = [torch.zeros_like(delta) for delta in self._deltas]
-            return is_finite
+            return known(is_finite)
+        deltas = Vector(self._deltas)
+        for vector in (ascent, deltas):
+            if isinstance(usable, Tensor):
+                vector.keep_if_(usable)
         ball = Ball(self.method.norm, self.method.epsilon, Groups("sentence"))
         if self.method.step_rule == "steepest":
             ball.steepest_(ascent).scale_(self.method.eta)
         else:
             ascent.scale_(self.method.eta * unit)
-        self._deltas = ball.project_(ascent.add_(Vector(self._deltas))).numbers()
-        return True
+        self._deltas = ball.project_(ascent.add_(deltas)).numbers()
+        return known(is_finite)
 
     @contextmanager
     def applied(self, *, final: bool = False) -> Iterator[None]:
         """Add the perturbation to the embeddings' outputs for one pass."""
-        if self.is_zero:
+        if not self.moves:
             yield
             return
         self._leaves = {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sam.core.groups import Groups
+from fairseq_sam.core.tensors import kept, on_device
 from fairseq_sam.core.vectors import Vector
 
 
@@ -71,6 +72,24 @@ class ScaleOperator(NamedTuple):
     factors: Tensor | list[Tensor] | None
     num_capped: Tensor | int
 
+    def kept(self, flag: Tensor) -> "ScaleOperator":
+        """Return this operator where a flag is set, else one that is 0."""
+        if self.factors is None:
+            return self
+        if isinstance(self.factors, Tensor):
+            return ScaleOperator(kept(self.factors, flag), flag * self.num_capped)
+        return ScaleOperator([kept(factor, flag) for factor in self.factors], flag * self.num_capped)
+
+    def unless(self, flag: Tensor, other: "ScaleOperator") -> "ScaleOperator":
+        """Return another operator of the same tensors where a flag is set, else this one."""
+        if self.factors is None or other.factors is None:
+            return self
+        num_capped = flag * other.num_capped + ~flag * self.num_capped
+        if isinstance(self.factors, Tensor) and isinstance(other.factors, Tensor):
+            return ScaleOperator(torch.where(flag, other.factors, self.factors), num_capped)
+        pairs = zip(other.factors, self.factors, strict=True)
+        return ScaleOperator([torch.where(flag.to(old.device), old, new) for old, new in pairs], num_capped)
+
 
 def build_scale(
     name: str,
@@ -119,7 +138,8 @@ def _factors(
     of_gradients = groups.norms(gradients.shared().scale_(unit)) if scale.gradient_based else None
     norms = of_weights if of_gradients is None else of_gradients
     if isinstance(norms, Tensor):
-        return scale.formula(Strengths(of_weights, of_gradients, norms.new_tensor(sizes), total, eta))
+        numbers = on_device(sizes, norms.device, norms.dtype)
+        return scale.formula(Strengths(of_weights, of_gradients, numbers, total, eta))
     nothing = [None] * len(sizes)
     rows = zip(of_weights or nothing, of_gradients or nothing, sizes, strict=True)
     return [scale.formula(Strengths(w, g, n, total, eta)) for w, g, n in rows]

@@ -67,7 +67,7 @@ class SharpnessAware:
         self.method = Method.from_preset(method, **options).with_peak(float(max(rates)))
         self.epoch = 1
         self.num_updates = 0
-        self.num_skipped = 0
+        self.num_skipped: int | torch.Tensor = 0
         self.last_step = Measurements()
         self.sharpness: Loss | None = None
         self._model = model
@@ -195,7 +195,7 @@ class SharpnessAware:
             clean.append(last[-1] if first is None else first)
             self.last_step.add(step.measured, share)
         shares = [share for _, share in parts]
-        self.num_skipped += self.last_step.num_skipped
+        self.num_skipped = self.num_skipped + self.last_step.num_skipped
         if method.measures_sharpness:
             self.sharpness = _mean_loss(last, shares) - _mean_loss(clean, shares)
         return PassResult(_mean_loss(clean, shares), sum(float(result.sample_size) for result in last))
@@ -224,7 +224,7 @@ class SharpnessAware:
             "method": {
                 "epoch": self.epoch,
                 "num_updates": self.num_updates,
-                "num_skipped": self.num_skipped,
+                "num_skipped": int(self.num_skipped),
                 **self._memory.state_dict(),
             },
         }

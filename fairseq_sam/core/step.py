@@ -25,7 +25,7 @@ from fairseq_sam.core.method import Method
 from fairseq_sam.core.perturbation import EmbeddingPerturbation, Measurements, WeightPerturbation
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.tensors import Gradients, add, add_all, at_least_float32, without_views
+from fairseq_sam.core.tensors import Gradients, add, add_all, at_least_float32, kept, without_views
 from fairseq_sam.core.unperturbed import running
 
 # Given the gradients of an ascent pass and what the pass returned: the gradients to ascend, and their unit factor.
@@ -135,13 +135,13 @@ class SharpnessAwareStep(Generic[Result]):
             gradients = without_views(self.space.take_gradients())
             keeps = self.method.needs_clean_gradient  # the descent, which is given them next
             is_finite = self._perturbation.advance(*ascent_gradient(gradients, result), overwrite=not keeps)
-            if is_finite or k == 0:  # what goes wrong at w must reach the base optimizer and the loss scaler
-                self._descent.observe(gradients, float(result.sample_size))
+            # What goes wrong at w must reach the base optimizer and the loss scaler.
+            self._descent.observe(gradients, float(result.sample_size), is_finite if k else True)
             if k == 0:
                 self._clean_buffers = _clone(self.space.buffers)
         if self.method.ascent == "random":
             self._weights().advance_randomly(self._random)
-        if self.method.selects and not self._perturbation.is_zero:  # without a perturbation no loss rises
+        if self.method.selects and self._perturbation.moves:  # without a perturbation no loss rises
             self._rises = self._loss_rises(batch)
         self.measured.num_passes = self._ascent_passes
         return first[0] if first else None
@@ -293,8 +293,12 @@ class SharpnessAwareStep(Generic[Result]):
 
     def _told(self, gradient: Tensor | None) -> Tensor | None:
         """The gradient, or an infinite one where a gradient scaler has to learn of the ascent."""
-        overflows = self._scales_loss and self.measured.num_overflows > 0
-        return torch.full_like(gradient, torch.inf) if overflows and gradient is not None else gradient
+        if gradient is None or not self._scales_loss:
+            return gradient
+        overflows = self.measured.num_overflows > 0
+        if isinstance(overflows, Tensor):
+            return torch.where(overflows.to(gradient.device), torch.inf, gradient)
+        return torch.full_like(gradient, torch.inf) if overflows else gradient
 
     def _combined(
         self, prior: Gradients, gradients: Gradients, finish: bool, shared: bool, reduce: Reduce
@@ -311,8 +315,11 @@ class SharpnessAwareStep(Generic[Result]):
     def _keep_component(self, gradients: Gradients, reduce: Reduce) -> None:
         """Remember the sharpness component; a step that did not move has none."""
         component: Gradients = [None] * len(gradients)
-        if not self._perturbation.is_zero and self._descent.first:
+        moves = self._perturbation.moves
+        if moves is not False and self._descent.first:
             component = sharpness_component(reduce(self._descent.first), reduce(gradients))
+            if isinstance(moves, Tensor):
+                component = [None if part is None else kept(part, moves) for part in component]
         self._memory.add_component(self.space, component)
 
 

@@ -1,11 +1,32 @@
 """What several rooms of the engine do with single tensors and with lists of gradients."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Gradients = list[Tensor | None]
+# Whether something holds: a bool where asking for it takes no time, else a 0-dimensional tensor on its device, which
+# the host does not wait for.
+Flag = bool | Tensor
+READABLE = ("cpu",)
+
+
+def known(flag: Tensor) -> Flag:
+    """Return a 0-dimensional tensor's value where the host can read it without waiting, else the tensor."""
+    return bool(flag) if flag.device.type in READABLE else flag
+
+
+def kept(tensor: Tensor, flag: Tensor) -> Tensor:
+    """Return a tensor where a flag is set, else zeros, also where it is infinite or NaN."""
+    return torch.where(flag.to(tensor.device), tensor, 0.0)
+
+
+def on_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Make a tensor of numbers on a device without waiting for what the device has to do before."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -5,7 +5,7 @@ tensors are computed once. Only a step into a vector of numbers, such as signs o
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fairseq_sam.core.groups import Groups
 from fairseq_sam.core.norms import stacked, tensor_norms, whole_norm
+from fairseq_sam.core.tensors import kept
 
 Factor = Tensor | float
 ALL = Groups("model")
@@ -35,6 +36,7 @@ class Vector:
         self.length: float | None = None
         self._owned = owned
         self._factors: Tensor | None = None  # (N,), float64
+        self._flag: Tensor | None = None  # where it is False all numbers are 0, whatever the tensors hold
         self._norms: dict[float, Tensor] = {}  # of the tensors without factors, by order; (N,), float64
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -42,7 +44,8 @@ class Vector:
     def norms(self, p: float) -> Tensor:
         """Return the p-norm of each tensor times its factor: shape (N,), float64."""
         if p not in self._norms:
-            self._norms[p] = stacked(tensor_norms(self.tensors, p))
+            norms = stacked(tensor_norms(self.tensors, p))
+            self._norms[p] = norms if self._flag is None else kept(norms, self._flag)
         norms = self._norms[p]
         return norms if self._factors is None else norms * self._factors
 
@@ -52,12 +55,13 @@ class Vector:
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Each tensor with its factor, a 0-dimensional one on its device; None for 1."""
-        if self._factors is None:
-            yield from ((tensor, None) for tensor in self.tensors)
-        else:
+        factors: Iterable[Tensor | None] = [None] * len(self.tensors)
+        if self._factors is not None:
             most = min(torch.finfo(tensor.dtype).max for tensor in self.tensors)  # of tiny gradients
-            for tensor, factor in zip(self.tensors, self._factors.clamp(max=most).unbind(), strict=True):
-                yield tensor, factor.to(tensor.device, tensor.dtype)
+            factors = self._factors.clamp(max=most).unbind()
+        for tensor, factor in zip(self.tensors, factors, strict=True):
+            value = tensor if self._flag is None else kept(tensor, self._flag)
+            yield value, None if factor is None else factor.to(tensor.device, tensor.dtype)
 
     def values(self) -> list[Tensor]:
         """Return tensors with their factors multiplied in, which must not be overwritten."""
@@ -76,6 +80,18 @@ class Vector:
             if own is not None:
                 tensor.mul_(own)
         self._norms.clear()
+        return self
+
+    def keep_if_(self, flag: Tensor) -> "Vector":
+        """Make all numbers 0 where the flag is not set, those that are infinite or NaN too.
+
+        Args:
+            flag: a 0-dimensional tensor of bool.
+        """
+        self._flag = flag if self._flag is None else self._flag & flag
+        self._norms = {p: kept(norms, flag) for p, norms in self._norms.items()}
+        if self._factors is not None:
+            self._factors = kept(self._factors, flag)
         return self
 
     def sign_(self) -> "Vector":
@@ -106,6 +122,10 @@ class Vector:
     def numbers(self) -> list[Tensor]:
         """Return tensors that may be overwritten, with their factors multiplied in."""
         self._own()
+        if self._flag is not None:
+            for tensor in self.tensors:
+                tensor.masked_fill_(~self._flag.to(tensor.device), 0.0)
+            self._flag = None
         for tensor, factor in self.parts():
             if factor is not None:
                 tensor.mul_(factor)
@@ -126,6 +146,7 @@ class Vector:
         """Return a vector of the same numbers, whose factors may change; its tensors are copied before they do."""
         found = Vector(self.tensors, owned=False)
         found.length, found._factors, found._norms = self.length, self._factors, dict(self._norms)
+        found._flag = self._flag
         return found
 
     def _changed(self) -> None:
