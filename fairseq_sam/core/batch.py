@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from fairseq_sam.core.tensors import on_device
+
 Loss = Tensor | float
 
 
@@ -161,8 +163,7 @@ class InstanceBatch:
 
     def select(self, indices: Sequence[int]) -> "InstanceBatch":
         """Return a batch of some instances."""
-        rows = torch.as_tensor(indices, dtype=torch.long)
-        data = [tensor[rows.to(tensor.device)] for tensor in self._data]
+        data = [tensor[_rows(indices, tensor.device)] for tensor in self._data]
         return InstanceBatch(self._losses, *data, backward=self._backward)
 
     def _forward(self) -> Tensor:
@@ -177,3 +178,10 @@ class InstanceBatch:
 
     def _result(self, losses: Tensor) -> PassResult:
         return PassResult(losses.detach().mean(), float(len(self)))
+
+
+def _rows(indices: Sequence[int], device: torch.device) -> Tensor | slice:
+    """What picks rows of a tensor on a device, without waiting for it."""
+    if isinstance(indices, range) and indices.step == 1:
+        return slice(indices.start, indices.stop)
+    return on_device(list(indices), device, torch.long)
