@@ -344,12 +344,12 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.epoch = 1
         self.logged: set[str] = set()  # what sharpness-aware updates have logged in this run
         self.has_warned_of_rounding = False
+        self.has_new_masters = True  # fp32 masters may still be no more exact than the weights in half precision
         self.has_warned_of_search = False
         self.num_ascents = 0
         self.num_skipped: int | torch.Tensor = 0
-        self._before_update: tuple[dict[str, Any], int, int | torch.Tensor] | None = (
-            None  # until the base has updated the weights
-        )
+        # None once the base has updated the weights.
+        self._before_update: tuple[dict[str, Any], int, int | torch.Tensor] | None = None
 
     @property
     def method(self) -> Method:

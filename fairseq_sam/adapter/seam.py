@@ -74,8 +74,10 @@ def wrap_trainer() -> None:
         optimizer.begin_update()
         try:
             vars(self.task).pop("train_step", None)  # what an interrupt may have left
-            self.task.train_step = SharpnessAwareTrainStep(self, optimizer, samples, raise_oom)
+            update = SharpnessAwareTrainStep(self, optimizer, samples, raise_oom)
+            self.task.train_step = update
             result = plain_train_step(self, samples, raise_oom)
+            update.log()
             optimizer.end_update()
             return result
         except BaseException:
@@ -128,6 +130,20 @@ class SharpnessAwareTrainStep:
         self._prepared: list[tuple[Any, bool]] | None = None
         self._offset = 0
         self._collected = 0.0  # share of the update's instances that the Fisher mask was made from
+        self._unread: list[dict[str, tuple[Any, int]]] = []  # what is logged of each micro-batch, with its digits
+
+    def log(self) -> None:
+        """Log what was measured in the update; fairseq has waited for its end by now."""
+        if not self._unread:
+            return
+        with metrics.aggregate("train"):  # where fairseq logs an update
+            for logged in self._unread:
+                for key, (value, digits) in logged.items():
+                    metrics.log_scalar(key, _value(value), weight=1, round=digits)
+                if "sam_survived" in logged:
+                    self._warn_of_rounding(_value(logged["sam_survived"][0]))
+            self._log_skipped()
+        self._unread = []
 
     def __call__(
         self,
@@ -221,7 +237,7 @@ class SharpnessAwareTrainStep:
         """A plain step, or one with the sharpness component of the last sharpness-aware update."""
         metrics.log_scalar("sam_passes", 1 + self._search_passes, weight=1, round=2)
         if self._optimizer.logged:  # of weight 0: a log line of plain updates alone shows numbers and not None
-            self._log_skipped()
+            self._unread.append({})
             for key in self._optimizer.logged:
                 metrics.log_scalar(key, 0.0, weight=0)
         memory, method = self._optimizer.memory, self._method
@@ -522,7 +538,8 @@ class SharpnessAwareTrainStep:
         }
         if measured.survived is not None:
             logged["sam_survived"] = (measured.survived, 4)
-            self._warn_of_rounding(_value(measured.survived))
+            # Masters that were just made from weights in half precision are rounded as these.
+            self._optimizer.has_new_masters = self._optimizer.has_new_masters and self._masters_are_new()
         if self._method.has_first_pass:
             logged["sam_gnorm"] = (measured.gradient_norm, 4)
         if measured.num_forwards:
@@ -532,13 +549,12 @@ class SharpnessAwareTrainStep:
         elif self._method.measures_sharpness and clean is not last:
             logged["sam_sharp"] = (_bits(last) - _bits(clean), 5)
         self._optimizer.logged |= logged.keys() - {"sam_passes"}
-        for key, (value, digits) in logged.items():
-            metrics.log_scalar(key, _value(value), weight=1, round=digits)
-        self._log_skipped()
+        self._unread.append(logged)
         return Pass(clean.loss, last.sample_size, clean.logging_output)
 
     def _warn_of_rounding(self, survived: float) -> None:
-        if survived < LEAST_SURVIVED and not self._optimizer.has_warned_of_rounding and not self._masters_are_new():
+        told = self._optimizer.has_warned_of_rounding or self._optimizer.has_new_masters
+        if survived < LEAST_SURVIVED and not told:
             self._optimizer.has_warned_of_rounding = True
             logger.warning(
                 "rounding to %s leaves %.0f %% of the perturbation (sam_survived); use --amp, whose weights are fp32, "
@@ -547,7 +563,7 @@ class SharpnessAwareTrainStep:
             )  # fmt: skip
 
     def _masters_are_new(self) -> bool:
-        """Whether the fp32 masters were just made from the weights in half precision, and so are rounded as these."""
+        """Whether the fp32 masters are no more exact than the weights in half precision."""
         pairs = zip(self._space.masters, self._space.tensors, strict=True)
         return all(master is not None and torch.equal(master, tensor.detach().float()) for master, tensor in pairs)
 
@@ -555,9 +571,10 @@ class SharpnessAwareTrainStep:
         metrics.log_scalar("sam_skipped", _value(self._optimizer.num_skipped), weight=0)
 
 
-def _bits(result: Pass) -> float:
-    """Loss per unit of sample size, in bits as fairseq's own losses."""
-    return _value(result.loss) / ((float(result.sample_size) or 1.0) * math.log(2))
+def _bits(result: Pass) -> Any:
+    """Loss per unit of sample size, in bits as fairseq's own losses: a number, or a tensor that is not read yet."""
+    loss = result.loss.detach() if isinstance(result.loss, Tensor) else result.loss
+    return loss / ((float(result.sample_size) or 1.0) * math.log(2))
 
 
 def _value(number: Any) -> float:
