@@ -43,13 +43,15 @@ class Backup:
         """Weights `i` as they were; must not be overwritten."""
         return self._copies[i] if self._is_copied[i] else self._own[i]
 
-    def before_move(self, i: int) -> Tensor:
-        """Copy weights `i` if that is still to be done, and return them, to be overwritten."""
-        if not self._is_copied[i]:
-            self._copies[i].copy_(self._own[i])
+    def before_move(self, indices: Sequence[int]) -> list[Tensor]:
+        """Copy some weights as far as that is still to be done, and return them, to be overwritten."""
+        left = [i for i in indices if not self._is_copied[i]]
+        if left:
+            torch._foreach_copy_([self._copies[i] for i in left], [self._own[i] for i in left])
+        for i in indices:
             self._is_copied[i] = True
-        self._give_back(i)
-        return self._own[i]
+            self._give_back(i)
+        return [self._own[i] for i in indices]
 
     def restore(self) -> None:
         """Copy back what has moved."""

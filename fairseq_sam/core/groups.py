@@ -35,8 +35,8 @@ class Groups:
             p: order of the norm, in (1, inf].
 
         Returns:
-            A number for each tensor, shape (N,), float64; or, where the groups are smaller than tensors, a tensor for
-            each, broadcastable to it.
+            A number for each tensor, shape (N,), float64, or one for all, shape (1,); or, where the groups are smaller
+            than tensors, a tensor for each, broadcastable to it.
         """
         if self.granularity == "element":
             return [tensor.abs() for tensor in vector.values()]

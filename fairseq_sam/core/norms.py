@@ -46,11 +46,11 @@ def joined_norms(norms: Tensor, groups: Tensor, num_groups: int, p: float) -> Te
         p: order of the norm, in (1, inf].
 
     Returns:
-        For each vector, the norm of its group, shape (N,).
+        For each vector, the norm of its group, shape (N,); or, where all are one group, shape (1,).
     """
     if num_groups == 1 and p in (2.0, math.inf):
         whole: Tensor = torch.linalg.vector_norm(norms, p)
-        return whole.expand(len(norms))
+        return whole.reshape(1)
     largest = norms.new_zeros(num_groups).scatter_reduce_(0, groups, norms, "amax")
     if p == math.inf:
         return largest[groups]

@@ -20,7 +20,11 @@ from fairseq_sam.core.scales import SCALES, ScaleOperator, build_scale
 from fairseq_sam.core.space import ParameterSpace
 from fairseq_sam.core.tensors import Flag, Gradients, at_least_float32, dense, kept, known, on_device, wide_dtype
 from fairseq_sam.core.unperturbed import Places, none_runs
-from fairseq_sam.core.vectors import ALL, Ball, Factor, Vector, add_scaled_
+from fairseq_sam.core.vectors import ALL, Ball, Factor, Vector, add_all_scaled_
+
+# On a GPU starting work takes longer than adding up a small tensor; on a processor what is in its caches counts.
+BUCKET = 2**26
+ONE_BY_ONE = ("cpu",)
 
 # A parameter's number, a tensor and a factor whose product is added to it.
 Part = tuple[int, Tensor, Factor | None]
@@ -369,8 +373,8 @@ class WeightPerturbation:
             with torch.no_grad():
                 if final:
                     self._fold()
-                for i, value, factor in parts():
-                    self._add(i, value, factor, generators)
+                for bucket in bucketed(parts()):
+                    self._add(bucket, generators)
             if final:
                 self.measure()
                 self._transformed, self._scale = None, None
@@ -386,19 +390,21 @@ class WeightPerturbation:
                     self.restore()
                     raise
 
-    def _add(
-        self, i: int, value: Tensor, factor: Factor | None, generators: Callable[[torch.device], torch.Generator]
-    ) -> None:
-        """Move the weights of parameter `i` by a factor of a value."""
-        tensor = self._backup.before_move(i)
-        if tensor.dtype == value.dtype and self.space.masters[i] is None:
-            add_scaled_(tensor, value, factor)
-            return
-        anchor = self._anchor(i)
-        moved = torch.add(anchor, value) if factor is None else anchor + value * factor
-        if self.method.rounding == "stochastic" and tensor.dtype in HALF:
-            moved = round_stochastically(moved, tensor.dtype, generators(tensor.device))
-        tensor.copy_(moved)
+    def _add(self, parts: Sequence[Part], generators: Callable[[torch.device], torch.Generator]) -> None:
+        """Move the weights of some parameters by factors of values."""
+        tensors = self._backup.before_move([i for i, _, _ in parts])
+        plain: list[tuple[Tensor, Tensor, Factor | None]] = []
+        for tensor, (i, value, factor) in zip(tensors, parts, strict=True):
+            if tensor.dtype == value.dtype and self.space.masters[i] is None:
+                plain.append((tensor, value, factor))
+                continue
+            anchor = self._anchor(i)
+            moved = torch.add(anchor, value) if factor is None else anchor + value * factor
+            if self.method.rounding == "stochastic" and tensor.dtype in HALF:
+                moved = round_stochastically(moved, tensor.dtype, generators(tensor.device))
+            tensor.copy_(moved)
+        if plain:
+            add_all_scaled_(*zip(*plain, strict=True))
 
     def _generators(self, stream: str) -> Callable[[torch.device], torch.Generator]:
         """A generator for each device, made when it is asked for."""
@@ -422,6 +428,21 @@ class WeightPerturbation:
             torch.randn(anchor.shape, dtype=anchor.dtype, device=anchor.device, generator=generators(anchor.device))
             for anchor in anchors
         ]
+
+
+def bucketed(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Put parts together that one call may move: single ones on a processor, else as many as have ``BUCKET`` bytes."""
+    bucket: list[Part] = []
+    size = 0
+    for part in parts:
+        _, value, _ = part
+        bucket.append(part)
+        size += value.numel() * value.element_size()
+        if value.device.type in ONE_BY_ONE or size >= BUCKET:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
 
 
 def _unset(flag: Flag) -> int | Tensor:

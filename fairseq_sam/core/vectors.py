@@ -5,8 +5,9 @@ tensors are computed once. Only a step into a vector of numbers, such as signs o
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Vector:
         self.tensors = tensors
         self.length: float | None = None
         self._owned = owned
-        self._factors: Tensor | None = None  # (N,), float64
+        self._factors: Tensor | None = None  # (N,), or (1,) for all, float64
         self._flag: Tensor | None = None  # where it is False all numbers are 0, whatever the tensors hold
         self._norms: dict[float, Tensor] = {}  # of the tensors without factors, by order; (N,), float64
 
@@ -55,13 +56,13 @@ class Vector:
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Each tensor with its factor, a 0-dimensional one on its device; None for 1."""
-        factors: Iterable[Tensor | None] = [None] * len(self.tensors)
-        if self._factors is not None:
-            most = min(torch.finfo(tensor.dtype).max for tensor in self.tensors)  # of tiny gradients
-            factors = self._factors.clamp(max=most).unbind()
-        for tensor, factor in zip(self.tensors, factors, strict=True):
-            value = tensor if self._flag is None else kept(tensor, self._flag)
-            yield value, None if factor is None else factor.to(tensor.device, tensor.dtype)
+        factors: dict[Any, Sequence[Tensor]] = {}
+        for i, tensor in enumerate(self.tensors):
+            value, kind = tensor if self._flag is None else kept(tensor, self._flag), (tensor.device, tensor.dtype)
+            if self._factors is not None and kind not in factors:
+                most = torch.finfo(tensor.dtype).max  # of tiny gradients
+                factors[kind] = self._factors.clamp(max=most).to(*kind).unbind()
+            yield value, None if self._factors is None else factors[kind][i % len(self._factors)]
 
     def values(self) -> list[Tensor]:
         """Return tensors with their factors multiplied in, which must not be overwritten."""
@@ -73,7 +74,9 @@ class Vector:
         """Multiply by one number, one for each tensor (shape (N,)), or a tensor or number for each; all >= 0."""
         self.length = self.length * factor if isinstance(factor, int | float) and self.length is not None else None
         if isinstance(factor, int | float | Tensor):
-            self._factors = self._all_factors() * factor
+            if self._factors is None:
+                self._factors = torch.ones(1, dtype=torch.float64, device=self.tensors[0].device)
+            self._factors = self._factors * factor
             return self
         self._own()
         for tensor, own in zip(self.tensors, factor, strict=True):
@@ -157,11 +160,6 @@ class Vector:
         if not self._owned:
             self.tensors, self._owned = [tensor.clone() for tensor in self.tensors], True
 
-    def _all_factors(self) -> Tensor:
-        if self._factors is None:
-            self._factors = torch.ones(len(self.tensors), dtype=torch.float64, device=self.tensors[0].device)
-        return self._factors
-
 
 def add_scaled_(tensor: Tensor, other: Tensor, factor: Factor | None) -> None:
     """Add ``factor * other`` in place; None for a factor of 1."""
@@ -171,6 +169,27 @@ def add_scaled_(tensor: Tensor, other: Tensor, factor: Factor | None) -> None:
         tensor.addcmul_(other, factor)
     else:
         tensor.add_(other, alpha=factor)
+
+
+def add_all_scaled_(tensors: Sequence[Tensor], others: Sequence[Tensor], factors: Sequence[Factor | None]) -> None:
+    """Add products of tensors and factors in place: one by one, or all at once where starting work is what takes time.
+
+    Args:
+        tensors: what is added to.
+        others: of the same shapes.
+        factors: one for each, None for 1.
+    """
+    own = [factor for factor in factors if isinstance(factor, Tensor)]
+    is_one = all(factor is factors[0] for factor in factors)
+    if len(tensors) == 1 or not (is_one or len(own) == len(tensors)):
+        for tensor, other, factor in zip(tensors, others, factors, strict=True):
+            add_scaled_(tensor, other, factor)
+    elif own:
+        products = torch._foreach_mul(list(others), own[0]) if is_one else torch._foreach_mul(list(others), own)
+        torch._foreach_add_(list(tensors), list(products))
+    else:
+        number = 1.0 if factors[0] is None else float(factors[0])
+        torch._foreach_add_(list(tensors), list(others), alpha=number)
 
 
 @dataclass(frozen=True)

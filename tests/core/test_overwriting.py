@@ -74,13 +74,13 @@ def test_a_backup_is_of_before_the_first_move():
     before, places = [w.detach().clone() for w in weights], [w.data_ptr() for w in weights]
     backup = Backup(weights, Room())
     for factor in (2.0, 3.0):
-        backup.before_move(0).mul_(factor)
+        backup.before_move([0])[0].mul_(factor)
         assert not torch.equal(weights[0], before[0]) and torch.equal(backup[0], before[0])
         assert backup[0].stride() == weights[0].stride() and not backup[0].requires_grad
         assert backup[1].data_ptr() == weights[1].data_ptr(), "it does not move"
     weights[1].data = torch.zeros(3)
     weights[0].data = torch.zeros(6, 4)
-    assert torch.equal(backup.before_move(0), 6.0 * before[0]) and torch.equal(weights[0], 6.0 * before[0])
+    assert torch.equal(backup.before_move([0])[0], 6.0 * before[0]) and torch.equal(weights[0], 6.0 * before[0])
     backup.restore()
     assert all(torch.equal(w, value) for w, value in zip(weights, before, strict=True))
     assert [w.data_ptr() for w in weights] == places

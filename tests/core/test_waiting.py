@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fairseq_sam import PRESETS, SharpnessAware
-from fairseq_sam.core import tensors
+from fairseq_sam.core import perturbation, tensors
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.tensors import kept, known, on_device
 from fairseq_sam.core.vectors import Vector
@@ -56,13 +56,20 @@ def trained(preset, factors, dtype=torch.float64, **options):
     return flat(model.parameters()), np.array(measured), sam.state_dict()["method"]["num_skipped"]
 
 
+def as_on_a_gpu(monkeypatch):
+    """Nothing is read, and several tensors are moved by one call: here up to three matrices."""
+    monkeypatch.setattr(tensors, "READABLE", ())
+    monkeypatch.setattr(perturbation, "ONE_BY_ONE", ())
+    monkeypatch.setattr(perturbation, "BUCKET", 300)
+
+
 @pytest.mark.parametrize("mishap", MISHAPS)
 @pytest.mark.parametrize("norm", ["l2", "linf", "3"])
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_the_same_as_where_the_host_reads(monkeypatch, preset, norm, mishap):
     steps = {"steps": 3} if PRESETS[preset].steps > 1 else {}
     expected = trained(preset, MISHAPS[mishap], norm=norm, **steps)
-    monkeypatch.setattr(tensors, "READABLE", ())
+    as_on_a_gpu(monkeypatch)
     found = trained(preset, MISHAPS[mishap], norm=norm, **steps)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
@@ -79,7 +86,7 @@ def test_the_same_as_where_the_host_reads(monkeypatch, preset, norm, mishap):
 def test_scales_and_granularities(monkeypatch, scale, granularity, steps, mishap):
     options = {"scale": scale, "granularity": granularity, "steps": steps, "descent": "mean", "epsilon": 0.05}
     expected = trained("sam", MISHAPS[mishap], **options)
-    monkeypatch.setattr(tensors, "READABLE", ())
+    as_on_a_gpu(monkeypatch)
     for a, b in zip(trained("sam", MISHAPS[mishap], **options), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
 
@@ -87,7 +94,7 @@ def test_scales_and_granularities(monkeypatch, scale, granularity, steps, mishap
 @pytest.mark.parametrize("mishap", ["none", "overflow"])
 def test_half_precision(monkeypatch, mishap):
     expected = trained("ga_sam", MISHAPS[mishap], torch.bfloat16)
-    monkeypatch.setattr(tensors, "READABLE", ())
+    as_on_a_gpu(monkeypatch)
     for a, b in zip(trained("ga_sam", MISHAPS[mishap], torch.bfloat16), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0.01)
 
