@@ -1,4 +1,4 @@
-"""Copies of the weights, which every pass at other weights ends with."""
+"""The weights as they were, which every pass at other weights ends with."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,42 +25,70 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class Backup:
-    """The weights as they were before the first move; each is copied right before it moves.
+    """The weights as they were before the first move.
+
+    On a processor a parameter that has memory of its own is given other memory for a pass, and its own back after it:
+    nothing is copied. All others are copied right before they move, and copied back.
 
     Args:
         weights: the parameters.
-        room: memory for the copies.
+        room: memory for the copies, or for the moved weights.
     """
 
     def __init__(self, weights: Sequence[Tensor], room: Room) -> None:
         self._weights = weights
+        self._changes_places = [has_own_memory(weight) for weight in weights]
         # Without a version count of their own. Quant-noise gives weights other memory in a forward pass.
         self._own = [weight.data for weight in weights]
-        self._copies = room.of(self._own)
+        self._room = room.of(self._own)
         self._is_copied = [False] * len(weights)
 
     def __getitem__(self, i: int) -> Tensor:
         """Weights `i` as they were; must not be overwritten."""
-        return self._copies[i] if self._is_copied[i] else self._own[i]
+        return self._room[i] if self._is_copied[i] else self._own[i]
 
-    def before_move(self, indices: Sequence[int]) -> list[Tensor]:
-        """Copy some weights as far as that is still to be done, and return them, to be overwritten."""
-        left = [i for i in indices if not self._is_copied[i]]
+    def before_move(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return some weights as they are, and for each where the moved ones are to be written, maybe the same."""
+        left = [i for i in indices if not (self._changes_places[i] or self._is_copied[i])]
         if left:
-            torch._foreach_copy_([self._copies[i] for i in left], [self._own[i] for i in left])
+            torch._foreach_copy_([self._room[i] for i in left], [self._own[i] for i in left])
+            for i in left:
+                self._is_copied[i] = True
         for i in indices:
-            self._is_copied[i] = True
             self._give_back(i)
-        return [self._own[i] for i in indices]
+        places = [(self._room if self._changes_places[i] else self._own)[i] for i in indices]
+        return [self._own[i] for i in indices], places
+
+    def after_move(self, indices: Sequence[int]) -> None:
+        """Let the model see the weights that were written."""
+        for i in indices:
+            if self._changes_places[i]:
+                self._weights[i].data = self._room[i]
 
     def restore(self) -> None:
-        """Copy back what has moved."""
-        copied = [i for i, is_copied in enumerate(self._is_copied) if is_copied]
-        if copied:
-            torch._foreach_copy_([self._own[i] for i in copied], [self._copies[i] for i in copied])
+        """Put back what has moved."""
         for i in range(len(self._weights)):
             self._give_back(i)
+        copied = [i for i, is_copied in enumerate(self._is_copied) if is_copied]
+        if copied:
+            torch._foreach_copy_([self._own[i] for i in copied], [self._room[i] for i in copied])
 
     def _give_back(self, i: int) -> None:
         if self._weights[i].data_ptr() != self._own[i].data_ptr():
             self._weights[i].data = self._own[i]
+
+
+def has_own_memory(weight: Tensor) -> bool:
+    """Return whether nothing else, such as a view, another parameter or another process, reads a weight's memory."""
+    if weight.device.type != "cpu" or weight.layout != torch.strided or not weight.numel():
+        return False
+    if weight.is_shared():  # type: ignore[no-untyped-call]
+        return False
+    whole = weight.numel() * weight.element_size()
+    return weight.untyped_storage().nbytes() == whole and _readers(weight) == _readers(torch.empty(1))
+
+
+def _readers(tensor: Tensor) -> int:
+    """How many tensors have a tensor's memory; something that no tensor has where torch does not tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return id(tensor) if count is None else int(count(tensor.untyped_storage()._cdata))

@@ -20,7 +20,7 @@ from fairseq_sam.core.scales import SCALES, ScaleOperator, build_scale
 from fairseq_sam.core.space import ParameterSpace
 from fairseq_sam.core.tensors import Flag, Gradients, at_least_float32, dense, kept, known, on_device, wide_dtype
 from fairseq_sam.core.unperturbed import Places, none_runs
-from fairseq_sam.core.vectors import ALL, Ball, Factor, Vector, add_all_scaled_
+from fairseq_sam.core.vectors import ALL, Ball, Factor, Vector, add_all_scaled
 
 # On a GPU starting work takes longer than adding up a small tensor; on a processor what is in its caches counts.
 BUCKET = 2**26
@@ -392,19 +392,20 @@ class WeightPerturbation:
 
     def _add(self, parts: Sequence[Part], generators: Callable[[torch.device], torch.Generator]) -> None:
         """Move the weights of some parameters by factors of values."""
-        tensors = self._backup.before_move([i for i, _, _ in parts])
-        plain: list[tuple[Tensor, Tensor, Factor | None]] = []
-        for tensor, (i, value, factor) in zip(tensors, parts, strict=True):
-            if tensor.dtype == value.dtype and self.space.masters[i] is None:
-                plain.append((tensor, value, factor))
+        indices = [i for i, _, _ in parts]
+        plain: list[tuple[Tensor, Tensor, Factor | None, Tensor]] = []
+        for weight, place, (i, value, factor) in zip(*self._backup.before_move(indices), parts, strict=True):
+            if weight.dtype == value.dtype and self.space.masters[i] is None:
+                plain.append((weight, value, factor, place))
                 continue
             anchor = self._anchor(i)
             moved = torch.add(anchor, value) if factor is None else anchor + value * factor
-            if self.method.rounding == "stochastic" and tensor.dtype in HALF:
-                moved = round_stochastically(moved, tensor.dtype, generators(tensor.device))
-            tensor.copy_(moved)
+            if self.method.rounding == "stochastic" and weight.dtype in HALF:
+                moved = round_stochastically(moved, weight.dtype, generators(weight.device))
+            place.copy_(moved)
         if plain:
-            add_all_scaled_(*zip(*plain, strict=True))
+            add_all_scaled(*zip(*plain, strict=True))
+        self._backup.after_move(indices)
 
     def _generators(self, stream: str) -> Callable[[torch.device], torch.Generator]:
         """A generator for each device, made when it is asked for."""

@@ -163,27 +163,35 @@ class Vector:
 
 def add_scaled_(tensor: Tensor, other: Tensor, factor: Factor | None) -> None:
     """Add ``factor * other`` in place; None for a factor of 1."""
+    _add_scaled(tensor, other, factor, tensor)
+
+
+def _add_scaled(tensor: Tensor, other: Tensor, factor: Factor | None, place: Tensor) -> None:
     if factor is None:
-        tensor.add_(other)
+        torch.add(tensor, other, out=place)
     elif isinstance(factor, Tensor):
-        tensor.addcmul_(other, factor)
+        torch.addcmul(tensor, other, factor, out=place)
     else:
-        tensor.add_(other, alpha=factor)
+        torch.add(tensor, other, alpha=factor, out=place)
 
 
-def add_all_scaled_(tensors: Sequence[Tensor], others: Sequence[Tensor], factors: Sequence[Factor | None]) -> None:
-    """Add products of tensors and factors in place: one by one, or all at once where starting work is what takes time.
+def add_all_scaled(
+    tensors: Sequence[Tensor], others: Sequence[Tensor], factors: Sequence[Factor | None], places: Sequence[Tensor]
+) -> None:
+    """Write sums of tensors and products: one by one, or all at once where starting work is what takes time.
 
     Args:
         tensors: what is added to.
         others: of the same shapes.
-        factors: one for each, None for 1.
+        factors: of the others, None for 1.
+        places: where the sums are written, with the tensors' types and shapes; may be the tensors themselves.
     """
     own = [factor for factor in factors if isinstance(factor, Tensor)]
     is_one = all(factor is factors[0] for factor in factors)
-    if len(tensors) == 1 or not (is_one or len(own) == len(tensors)):
-        for tensor, other, factor in zip(tensors, others, factors, strict=True):
-            add_scaled_(tensor, other, factor)
+    at_once = len(tensors) > 1 and all(tensor is place for tensor, place in zip(tensors, places, strict=True))
+    if not (at_once and (is_one or len(own) == len(tensors))):
+        for row in zip(tensors, others, factors, places, strict=True):
+            _add_scaled(*row)
     elif own:
         products = torch._foreach_mul(list(others), own[0]) if is_one else torch._foreach_mul(list(others), own)
         torch._foreach_add_(list(tensors), list(products))

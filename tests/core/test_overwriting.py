@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fairseq_sam import PRESETS, SharpnessAware
-from fairseq_sam.core.backup import Backup, Room
+from fairseq_sam.core.backup import Backup, Room, has_own_memory
 from tests.core.models import SETTINGS, batch, closure_of, flat, mlp
 
 # Those that take a closure.
@@ -68,19 +68,66 @@ def test_a_backup_stays_in_its_memory():
             assert (tensor.shape, tensor.dtype) == (weight.shape, weight.dtype)
 
 
-def test_a_backup_is_of_before_the_first_move():
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_backup_is_of_before_the_first_move(alone):
     """In the weights' strides; only of those that move; weights that got other memory meanwhile get theirs back."""
     weights = [nn.Parameter(torch.randn(4, 6).t()), nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2))]
     before, places = [w.detach().clone() for w in weights], [w.data_ptr() for w in weights]
+    views = [] if alone else [w.detach() for w in weights]
     backup = Backup(weights, Room())
     for factor in (2.0, 3.0):
-        backup.before_move([0])[0].mul_(factor)
+        (weight,), (place,) = backup.before_move([0])
+        place.copy_(weight * factor)
+        backup.after_move([0])
         assert not torch.equal(weights[0], before[0]) and torch.equal(backup[0], before[0])
         assert backup[0].stride() == weights[0].stride() and not backup[0].requires_grad
         assert backup[1].data_ptr() == weights[1].data_ptr(), "it does not move"
+        assert (weights[0].data_ptr() != places[0]) == alone
+        assert all(torch.equal(w, view) for w, view in zip(weights, views, strict=bool(views))), "who reads sees it too"
     weights[1].data = torch.zeros(3)
     weights[0].data = torch.zeros(6, 4)
-    assert torch.equal(backup.before_move([0])[0], 6.0 * before[0]) and torch.equal(weights[0], 6.0 * before[0])
+    (weight,), (place,) = backup.before_move([0])
+    assert torch.equal(weight, before[0] if alone else 6.0 * before[0])
     backup.restore()
     assert all(torch.equal(w, value) for w, value in zip(weights, before, strict=True))
     assert [w.data_ptr() for w in weights] == places
+
+
+def test_only_memory_that_nothing_else_reads_stays_behind():
+    weight = nn.Parameter(torch.randn(4, 3))
+    assert has_own_memory(weight)
+    turned = nn.Parameter(torch.randn(4, 3).t())
+    assert has_own_memory(turned)
+    loss = (weight @ torch.ones(3)).sum()
+    assert has_own_memory(weight), "a graph has the parameter, not its memory"
+    loss.backward()
+    torch.optim.Adam([weight]).step()
+    assert has_own_memory(weight)
+    whole = torch.randn(12)
+    rows = nn.Parameter(whole.view(4, 3))
+    assert not has_own_memory(rows), "what it is a view of reads it"
+    del whole
+    assert has_own_memory(rows)
+    view = rows.t()
+    assert not has_own_memory(rows) and view is not None
+    assert not has_own_memory(nn.Parameter(torch.randn(4, 3)[1:])), "a part of its memory"
+    assert not has_own_memory(nn.Parameter(torch.randn(3)).share_memory_()), "other processes read it"
+    assert not has_own_memory(nn.Parameter(torch.randn(0))) and not has_own_memory(weight.to("meta"))
+
+
+def test_a_torch_that_does_not_tell_who_reads(monkeypatch):
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    assert not has_own_memory(nn.Parameter(torch.randn(4, 3)))
+
+
+@pytest.mark.parametrize("preset", CLOSURES)
+def test_weights_with_views_take_the_same_steps(preset):
+    """Copied there and back, or put in other places: the same numbers."""
+    views = []
+
+    def viewed(model, data):
+        views.extend(p.detach() for p in model.parameters())
+        return closure_of(model, data)
+
+    found, expected = (updated(preset, closure) for closure in (viewed, closure_of))
+    assert (flat(found.parameters()) == flat(expected.parameters())).all() and views
