@@ -168,34 +168,35 @@ class Side:
         self._trainer = trainer(model, "--optimizer adam", tokens, cpu=not cuda)
         self._data = batches(model, tokens, len(self._trainer.task.source_dictionary))
         self._model: nn.Module = self._trainer.model
-        self._trainer.valid_step(self._data[0])  # position embeddings are made in the first pass
+        self._watches = False
+        self._live = 0
+        for sample in self._data:  # tables of positions are made in the first passes
+            self._closure(self._trainer._prepare_sample(sample)[0])
+        self._model.zero_grad()
         self._before = live_bytes()
         self._step = build(self._model)
-        self._num_passes = self._last = 0
-        self._live = 0
 
     def __call__(self, number: int) -> None:
         """Run step `number`."""
         sample, _ = self._trainer._prepare_sample(self._data[number % len(self._data)])
         self._model.train()
-        self._num_passes = 0
         self._step(lambda: self._closure(sample))
 
     def _closure(self, sample: Any) -> Tensor:
-        self._num_passes += 1
-        if self._num_passes == self._last:
-            self._live = live_bytes()
+        if self._watches:
+            self._live = max(self._live, live_bytes())
         loss, size, _ = self._trainer.criterion(self._model, sample)
         (loss / size).backward()
         return loss.detach() / size
 
     def copies(self) -> float:
-        """Copies of the weights that live when the last pass of a step begins."""
+        """Copies of the weights that live when a pass begins, at most, in six steps."""
         self(0)
         optimizer = 2  # Adam's moments
-        self._last = self._num_passes
-        self(0)
-        self._last = 0
+        self._watches = True
+        for number in range(6):
+            self(number)
+        self._watches = False
         weights = sum(p.numel() * p.element_size() for p in self._model.parameters())
         return (self._live - self._before) / weights - optimizer
 

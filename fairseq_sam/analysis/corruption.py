@@ -69,7 +69,7 @@ def moves_all_weights(method: Method) -> bool:
 def corrupted(
     objective: Objective, method: Method, *, step_done: Callable[[], None] = lambda: None
 ) -> Iterator[Corruption]:
-    """Move the weights by a method's ascent steps; at the end they are copied back bit for bit.
+    """Move the weights by a method's ascent steps; at the end they are put back bit for bit.
 
     Each step goes along the gradient of the whole objective at the weights reached so far, and is projected onto the
     ball. After a gradient that is zero or not finite it begins again at the unmoved weights.

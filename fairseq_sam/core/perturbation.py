@@ -248,7 +248,7 @@ class WeightPerturbation:
     # -- the move --------------------------------------------------------------------------------------------------
 
     def applied(self, *, final: bool = False) -> AbstractContextManager[None]:
-        """Move the weights for one pass; they are copied back bit for bit, also after an exception.
+        """Move the weights for one pass; they are put back bit for bit, also after an exception.
 
         Args:
             final: it is the last move: what it was is measured, then forgotten, since it takes memory.

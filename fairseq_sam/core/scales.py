@@ -139,7 +139,7 @@ def _factors(
     norms = of_weights if of_gradients is None else of_gradients
     if isinstance(norms, Tensor):
         numbers = on_device(sizes, norms.device, norms.dtype)
-        return scale.formula(Strengths(of_weights, of_gradients, numbers, total, eta))
+        return scale.formula(Strengths(of_weights, of_gradients, numbers, total, eta)).expand(len(sizes))
     nothing = [None] * len(sizes)
     rows = zip(of_weights or nothing, of_gradients or nothing, sizes, strict=True)
     return [scale.formula(Strengths(w, g, n, total, eta)) for w, g, n in rows]
