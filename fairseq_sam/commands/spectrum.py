@@ -194,7 +194,7 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         title = f"density of all eigenvalues, σ = {width:.2g}"
         draw_curves(axes[-1], curves, **labels, title=title, marker="")
         axes[-1].set_yscale("log")
-        axes[-1].set_ylim(bottom=1e-8)
+        axes[-1].set_ylim(1e-8, 10 * max(row["density"] for row in tables["density"]))
     elif traces and not matrices:
         errors = [row["standard error"] for row in tables["trace"]]
         places = range(len(errors))
