@@ -84,7 +84,9 @@ def wrap_trainer() -> None:
             optimizer.undo_update()
             raise
         finally:
-            vars(self.task).pop("train_step", None)
+            left = vars(self.task).pop("train_step", None)
+            if isinstance(left, SharpnessAwareTrainStep):
+                left.release()
 
     @functools.wraps(plain_begin_epoch)
     def begin_epoch(self: Trainer, epoch: int) -> None:
@@ -131,6 +133,10 @@ class SharpnessAwareTrainStep:
         self._offset = 0
         self._collected = 0.0  # share of the update's instances that the Fisher mask was made from
         self._unread: list[dict[str, tuple[Any, int]]] = []  # what is logged of each micro-batch, with its digits
+
+    def release(self) -> None:
+        """Let go of the weights' memory: while something else has it, the next update copies them instead."""
+        self._step = self._clean = None
 
     def log(self) -> None:
         """Log what was measured in the update; fairseq has waited for its end by now."""

@@ -286,6 +286,7 @@ def quiet() -> None:
     """Keep libraries from writing between a command's lines."""
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
+    logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # it warns of text that is not detokenised
 
 
 def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:

@@ -39,6 +39,7 @@ def one_step(data, *options):
         step = SharpnessAwareTrainStep(trainer, unwrap(trainer.optimizer), batches[:1])
         with metrics.aggregate(new_root=True) as logged:
             step(batches[0], trainer.model, trainer.criterion, trainer.optimizer, 0)
+            step.log()
         values = logged.get_smoothed_values()
     finally:
         del trainer.task.train_step

@@ -1,5 +1,6 @@
 """One update through fairseq's trainer against the formulas, epsilon 0, scopes, and what survives an error."""
 
+import gc
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from fairseq_sam import PRESETS
 from fairseq_sam.adapter.optimizers import unwrap
+from fairseq_sam.core.backup import has_own_memory
 from tests.adapter import runs
 
 SGD = ["--base-optimizer", "sgd", "--lr", "0.5"]
@@ -327,3 +329,19 @@ def test_epsilon_zero_with_quant_noise_is_the_base(translation_data):
             trainer.train_step(batches[number : number + 1])
         found.append(weights(trainer))
     assert runs.same_bits(*found)
+
+
+@pytest.mark.parametrize("scope", ["microbatch", "update"])
+def test_an_update_lets_go_of_the_weights_memory(translation_data, scope):
+    """While something else has it, the next update copies the weights there and back: right, but slower."""
+    trainer, batches = runs.build_trainer(
+        translation_data, *flags("ga_sam", "--sam-scope", scope, "--update-freq", "2")
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        for first in (0, 2):
+            trainer.train_step(batches[first : first + 2])
+            assert all(has_own_memory(parameter) for parameter in trainer.model.parameters())
+    finally:
+        gc.enable()
