@@ -120,7 +120,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         label = {"l2": "L2", "linf": "L∞"}.get(norm, norm)
         draw_curves(axes[place], curves, x=f"radius of the corruption, {label}", y=SCORES[score], legend=False)
         set_few_ticks(axes[place])
-        if score == "ppl":
+        values = [value for _, own in curves.values() for value in own if math.isfinite(value)]
+        if score == "ppl" and values and max(values) > 10 * min(values):
             set_log_scale(axes[place])
     show_names_below(made, axes)
     made.suptitle("After adversarial corruptions of the weights")
