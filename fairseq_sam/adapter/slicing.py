@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sam.adapter.embeddings import dictionaries
+from fairseq_sam.core.tensors import on_device
 
 COUNTS = ("ntokens", "nsentences")
 # What the model is called with. Sentence ranking calls it once for each of net_input1, net_input2, …
@@ -132,7 +133,7 @@ class _Cut:
                 raise UnsliceableBatchError(
                     f"{path} has the shape {tuple(value.shape)}, but there are {self._number} instances"
                 )
-            return value[torch.tensor(self._indices, device=value.device)]
+            return value[on_device(self._indices, value.device, torch.long)]
         if isinstance(value, list | tuple):
             return type(value)(self._parts(path, value))
         return value

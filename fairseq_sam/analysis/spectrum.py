@@ -241,23 +241,26 @@ def hessian_density(
     return Quadrature(nodes[known], weights[known] / weights[known].sum(), steps)
 
 
-def smoothed(found: Sequence[Quadrature], *, width: float | None = None, points: int = 1000) -> list[Density]:
+def smoothed(found: Sequence[Quadrature], *, width: float | None = None, points: int | None = None) -> list[Density]:
     """Make densities that can be compared: on one grid, smoothed by the same Gaussian.
 
     Args:
         found: of each model.
         width: standard deviation of the Gaussian, > 0; default the largest of what each can resolve.
-        points: of the grid, >= 2; it goes four widths beyond the outermost places.
+        points: of the grid, >= 2, which goes four widths beyond the outermost places; default at least 1000, and four
+            in each width.
 
     Raises:
         ValueError: if a value is out of range.
     """
-    _check("points", points, 2)
     width = max(each.width for each in found) if width is None else width
     if not 0 < width < float("inf"):
         raise ValueError(f"width must be a finite number > 0, got {width!r}")
     places = torch.cat([each.nodes for each in found])
     least, most = float(places.min()), float(places.max())
+    if points is None:
+        points = max(1000, math.ceil(4 * (most - least + 8 * width) / width))
+    _check("points", points, 2)
     grid = torch.linspace(least - 4 * width, most + 4 * width, points, dtype=torch.float64)
     densities = []
     for each in found:

@@ -72,12 +72,14 @@ class Measured:
         trained: ``Trained``.
         batches: of its data.
         record: what ``COMMAND.json`` says of it.
+        save: writes that.
     """
 
     name: str
     trained: Any
     batches: list[Any]
     record: dict[str, Any]
+    save: Callable[[], Any]
 
     def note(self, what: str, batches: list[Any]) -> list[Any]:
         """Let ``COMMAND.json`` tell of further batches, by their number and digest.
@@ -87,11 +89,15 @@ class Measured:
             batches: which are returned.
         """
         self.record.update({what: len(batches), f"{what} digest": digest_of_data(batches)})
+        self.save()
         return batches
 
 
 def trained_models(
-    args: argparse.Namespace, chosen: Callable[[argparse.Namespace, Any], list[Any]] | None = None, **options: Any
+    args: argparse.Namespace,
+    *tables: str,
+    chosen: Callable[[argparse.Namespace, Any], list[Any]] | None = None,
+    **options: Any,
 ) -> Iterator[Measured]:
     """Load the models of a command one after the other; random numbers are for each those of ``--seed``.
 
@@ -101,12 +107,15 @@ def trained_models(
 
     Args:
         args: of ``parser``.
+        tables: which the command writes, and plots: those of an earlier run are refused, or with ``--overwrite``
+            removed when the models are known to be sound.
         chosen: the batches of a model; default ``batches_of``.
         options: of ``Trained``.
 
     Yields:
         The models.
     """
+    refuse_earlier(args, *tables)
     names = model_names(args.checkpoints, args.names)
     check_files(args.checkpoints)
     make_folder(args.out)
@@ -123,17 +132,18 @@ def trained_models(
     models = dict(zip(names, args.checkpoints, strict=True))
     for name in names[1:]:
         load(name, models[name])
+    loaded = load(names[0], models[names[0]])
+    remove_earlier(args, *tables)
     records: list[dict[str, Any]] = []
     for name, path in models.items():
-        trained, batches = load(name, path)
+        trained, batches = loaded if name == names[0] else load(name, path)
         records.append({
             "name": name, "checkpoint": path.resolve(), "weights": digest_of_files(path),
             "data": os.path.abspath(trained.data), "finished": False,
         })  # fmt: skip
-        model = Measured(name, trained, batches, records[-1])
-        model.note("batches", batches)
         check_loss(name, trained, batches)
-        write_settings(args, records)
+        model = Measured(name, trained, batches, records[-1], lambda: write_settings(args, records))
+        model.note("batches", batches)
         yield model
         records[-1]["finished"] = True
         write_settings(args, records)
@@ -209,8 +219,8 @@ def refuse_earlier(args: argparse.Namespace, *names: str) -> None:
     """Refuse a folder with tables of an earlier run, which would be lost, or stand beside those of other settings.
 
     Args:
-        args: of ``Parser``; with ``--overwrite`` they are removed.
-        names: of the command's tables and plots; ``COMMAND.json`` is removed with them.
+        args: of ``Parser``; with ``--overwrite`` they are allowed.
+        names: of the command's tables and plots.
 
     Raises:
         ValueError: if there are some.
@@ -221,8 +231,33 @@ def refuse_earlier(args: argparse.Namespace, *names: str) -> None:
             f"--out {args.out} holds {', '.join(path.name for path in there)} of an earlier run; take another folder, "
             "or replace them with --overwrite"
         )
-    for path in filter(Path.is_file, (*there, args.out / f"{args.command}.json")):
+
+
+def remove_earlier(args: argparse.Namespace, *names: str) -> None:
+    """Remove tables and plots of an earlier run, and ``COMMAND.json`` with them.
+
+    Args:
+        args: of ``Parser``.
+        names: of the tables and plots; without any, nothing is removed.
+    """
+    for path in filter(Path.is_file, [args.out / name for name in (*names, f"{args.command}.json")] if names else []):
         path.unlink()
+
+
+@contextlib.contextmanager
+def drawing(draw: Callable[[], Any]) -> Iterator[None]:
+    """Draw what was measured in the block, also if it was left by an interrupt or an error, as far as that can be.
+
+    Args:
+        draw: draws, if there is something to draw.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            draw()
+        raise
+    draw()
 
 
 def make_folder(path: Path) -> None:

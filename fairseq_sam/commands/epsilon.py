@@ -78,18 +78,14 @@ def main(arguments: Sequence[str]) -> None:
 
     own = ", ".join(f"{axis} {value}" for axis, value in shown_axes(method).items())
     table, image = args.out / "epsilon.tsv", args.out / "epsilon.png"
-    common.refuse_earlier(args, table.name, image.name)
-    try:
-        for model in common.trained_models(args, batches_of):
+    with common.drawing(lambda: suggestions and plot(suggestions, image, f"{args.method}: {own}")):
+        for model in common.trained_models(args, table.name, image.name, chosen=batches_of):
             if args.fresh:
                 model.trained.forget(args.seed)
             probe = model.trained.probe(model.batches, method, per_update(model.trained))
             first = {"model": model.name, "method": args.method, **shown_axes(method)}
             with common.about(model.name):
                 suggestions[model.name] = search(args, first, probe, rows)
-    finally:
-        if suggestions:
-            plot(suggestions, image, f"{args.method}: {own}")
     common.written(table, image)
     for name, suggestion in suggestions.items():
         print(f"{name}: {advice(suggestion, args)}")

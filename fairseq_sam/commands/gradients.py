@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     names = common.model_names(logs, args.names)
     common.make_folder(args.out)
     common.refuse_earlier(args, "gradients.tsv", "gradients.png")
+    common.remove_earlier(args, "gradients.tsv", "gradients.png")
     rows: list[dict[str, Any]] = []
     for name, log in zip(names, logs, strict=True):
         gradients = read_gradients(log)

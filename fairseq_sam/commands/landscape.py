@@ -49,16 +49,19 @@ def main(arguments: Sequence[str]) -> None:
     places = [(x,) for x in axis] if kind == "line" else [(x, y) for x in axis for y in axis]
     table = args.out / f"{kind}.tsv"
     image = table.with_suffix(".png")
-    if args.overwrite:
-        common.refuse_earlier(args, table.name, image.name)
-    earlier, rows = rows_of(table), []
+    earlier, rows = [] if args.overwrite else rows_of(table), []
     others = list(earlier)  # of other settings, models and places; they stay
 
     def write() -> None:
         write_rows(table, [*rows, *others])
 
     wanted = set(map(written_place, places))
-    try:
+
+    def draw() -> None:
+        if rows:
+            (plot_line if kind == "line" else plot_surface)(rows, image)
+
+    with common.drawing(draw):
         for model in common.trained_models(args):
             name, objective = model.name, model.trained.objective(model.batches, args.exclude)
             with common.about(name):
@@ -78,10 +81,7 @@ def main(arguments: Sequence[str]) -> None:
                     rows.append({**settings, **place, "loss": point.loss})
                     added()
                     progress(done, len(places))
-    finally:
-        if rows:
-            write()
-            (plot_line if kind == "line" else plot_surface)(rows, image)
+        write()
     common.written(table, image)
 
 

@@ -56,16 +56,13 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"--remove-bpe is of --bleu only, got {args.remove_bpe!r}")
     options.fill(args, {"remove_bpe": "@@ "})
     table, image = args.out / "robustness.tsv", args.out / "robustness.png"
-    common.refuse_earlier(args, table.name, image.name)
     rows: list[dict[str, Any]] = []
-    try:
-        for model in common.trained_models(args, bleu=args.bleu, remove_bpe=args.remove_bpe):
+    options_of = {"bleu": args.bleu, "remove_bpe": args.remove_bpe}
+    with common.drawing(lambda: rows and plot(rows, image)):
+        for model in common.trained_models(args, table.name, image.name, **options_of):
             for corrupted in measured(args, model):
                 rows.append(row_of(model.name, corrupted))
                 write_rows(table, rows)
-    finally:
-        if rows:
-            plot(rows, image)
     common.written(table, image)
 
 

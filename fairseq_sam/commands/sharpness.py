@@ -72,16 +72,12 @@ def main(arguments: Sequence[str]) -> None:
     options.refuse_unused(parser, args, "kinds", USES)
     options.fill(args, {"norm": "l2", "method": "sam", "directions": DIRECTIONS, "instances": INSTANCES})
     table, image = args.out / "sharpness.tsv", args.out / "sharpness.png"
-    common.refuse_earlier(args, table.name, image.name)
     rows: list[dict[str, Any]] = []
-    try:
-        for model in common.trained_models(args):
+    with common.drawing(lambda: rows and plot(rows, image)):
+        for model in common.trained_models(args, table.name, image.name):
             for row in measured(args, model):
                 rows.append(row)
                 write_rows(table, rows)
-    finally:
-        if rows:
-            plot(rows, image)
     common.written(table, image)
 
 

@@ -74,11 +74,10 @@ def main(arguments: Sequence[str]) -> None:
             "the Fisher information has no more eigenvalues; raise --instances, or leave fisher out of --parts"
         )
     names, image = ("eigenvalues", "trace", "density"), args.out / "spectrum.png"
-    common.refuse_earlier(args, *(f"{name}.tsv" for name in names), image.name)
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     quadratures: dict[str, Quadrature] = {}
-    try:
-        for model in common.trained_models(args):
+    with common.drawing(lambda: any(tables.values()) and plot(tables, image)):
+        for model in common.trained_models(args, *(f"{name}.tsv" for name in names), image.name):
             with common.about(model.name):
                 for table, found in measured(args, model):
                     if isinstance(found, Quadrature):
@@ -87,9 +86,6 @@ def main(arguments: Sequence[str]) -> None:
                     else:
                         tables[table] += found
                     write_rows(args.out / f"{table}.tsv", tables[table])
-    finally:
-        if any(tables.values()):
-            plot(tables, image)
     common.written(*(args.out / f"{table}.tsv" for table, rows in tables.items() if rows), image)
 
 

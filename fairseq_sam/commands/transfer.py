@@ -50,9 +50,10 @@ def main(arguments: Sequence[str]) -> None:
         }
         for task, folder in folders.items()
     }
+    common.remove_earlier(args, table.name, image.name)
     rows: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
-    try:
+    with common.drawing(lambda: rows and plot(rows, image)):
         for name, checkpoint in models.items():
             own = {"name": name, "checkpoint": checkpoint.resolve(), "weights": digest_of_files(checkpoint)}
             measured.append({**own, "tasks": tasks, "finished": False})
@@ -70,9 +71,6 @@ def main(arguments: Sequence[str]) -> None:
                 write_rows(table, rows)
             measured[-1]["finished"] = True
             write_settings(args, measured)
-    finally:
-        if rows:
-            plot(rows, image)
     print(markdown(rows))
     common.written(table, image)
 

@@ -49,13 +49,15 @@ class Backup:
 
     def before_move(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Return some weights as they are, and for each where the moved ones are to be written, maybe the same."""
+        for i in indices:
+            self._give_back(i)
+            if self._changes_places[i] and _readers(self._own[i]) != _readers(torch.empty(1)) + 1:
+                self._changes_places[i] = False  # something reads the weight's memory since, and must see the move
         left = [i for i in indices if not (self._changes_places[i] or self._is_copied[i])]
         if left:
             torch._foreach_copy_([self._room[i] for i in left], [self._own[i] for i in left])
             for i in left:
                 self._is_copied[i] = True
-        for i in indices:
-            self._give_back(i)
         places = [(self._room if self._changes_places[i] else self._own)[i] for i in indices]
         return [self._own[i] for i in indices], places
 
@@ -69,9 +71,17 @@ class Backup:
         """Put back what has moved."""
         for i in range(len(self._weights)):
             self._give_back(i)
+            if self._changes_places[i] and _readers(self._room[i]) != _readers(torch.empty(1)):
+                self._keep_room(i)
         copied = [i for i, is_copied in enumerate(self._is_copied) if is_copied]
         if copied:
             torch._foreach_copy_([self._own[i] for i in copied], [self._room[i] for i in copied])
+
+    def _keep_room(self, i: int) -> None:
+        """Let weights `i` stay where they were moved, with their own numbers: something reads that memory since."""
+        self._room[i].copy_(self._own[i])
+        self._weights[i].data = self._room[i]
+        self._room[i], self._own[i] = self._own[i], self._room[i]
 
     def _give_back(self, i: int) -> None:
         if self._weights[i].data_ptr() != self._own[i].data_ptr():

@@ -182,6 +182,6 @@ class InstanceBatch:
 
 def _rows(indices: Sequence[int], device: torch.device) -> Tensor | slice:
     """What picks rows of a tensor on a device, without waiting for it."""
-    if isinstance(indices, range) and indices.step == 1:
+    if isinstance(indices, range) and indices.step == 1 and indices.start >= 0:
         return slice(indices.start, indices.stop)
     return on_device(list(indices), device, torch.long)

@@ -81,6 +81,7 @@ class Mean(Descent):
             return
         mean = self._mean or [None] * len(gradients)
         if isinstance(counts, Tensor):  # in place of one that does not count stands the mean itself
+            mean = [None if m is None else dense(m) for m in mean]
             gradients = [_where(counts, g, m) for g, m in zip(gradients, mean, strict=True)]
         # The gradient itself may be what the weights are about to be moved by.
         overwrite = "" if self.first else "mean"
@@ -143,14 +144,17 @@ def add_component(
         num_workers: how many workers' results are summed later, each with its share of the component.
     """
     length = dot(component, component).sqrt()
-    if alpha == 0 or known(length > 0) is False:
+    usable = known(torch.isfinite(length) & (length > 0))
+    if alpha == 0 or usable is False:
         return gradients
     whole = reduce(gradients)
-    factor = torch.where(length > 0, alpha * dot(whole, whole).sqrt() / (length * num_workers), 0.0)
-    return [
-        g if v is None or g is None else g + (v * factor.to(v.device)).to(g.dtype)
-        for g, v in zip(gradients, component, strict=True)
-    ]
+    factor = alpha * dot(whole, whole).sqrt() / (length * num_workers)
+
+    def part(v: Tensor) -> Tensor:
+        found = v * factor.to(v.device)
+        return kept(found, usable) if isinstance(usable, Tensor) else found
+
+    return [g if v is None or g is None else g + part(v).to(g.dtype) for g, v in zip(gradients, component, strict=True)]
 
 
 def projection_ratio(of: Gradients, on: Gradients) -> Tensor:
@@ -222,6 +226,8 @@ def _running_mean(
         return None if mean is None else mean * (1.0 - _share(count, mean))
     if mean is None:
         return gradient * _share(count, gradient)
+    if mean.is_sparse != gradient.is_sparse:
+        mean, gradient = dense(mean), dense(gradient)
     share = _share(count, mean)
     if overwrite == "gradient" and is_own(gradient, mean):
         return gradient.lerp_(mean, 1.0 - share)

@@ -245,6 +245,13 @@ class WeightPerturbation:
         """T, where it is not 1."""
         return None if self._scale is None else self._scale.factors
 
+    @property
+    def _moving_factors(self) -> Tensor | list[Tensor] | None:
+        """T as the perturbation is multiplied by it: 0, and not infinite, where nothing moves."""
+        if self._scale is None or not isinstance(self._moves, Tensor):
+            return self._factors
+        return self._scale.kept(self._moves).factors
+
     # -- the move --------------------------------------------------------------------------------------------------
 
     def applied(self, *, final: bool = False) -> AbstractContextManager[None]:
@@ -330,7 +337,7 @@ class WeightPerturbation:
         """Multiply T and the mask in; no step can follow."""
         assert self._transformed is not None, "something is moved"
         if not self._is_plain:
-            for factors in (self._factors, self._mask()):
+            for factors in (self._moving_factors, self._mask()):
                 if factors is not None:
                     self._transformed.scale_(factors)
             self._scale, self._is_folded = None, True
@@ -339,8 +346,9 @@ class WeightPerturbation:
         """The perturbation itself, where it is plain."""
         assert self._transformed is not None, "something is moved"
         vector = self._transformed.shared()
-        if isinstance(self._factors, Tensor):
-            vector.scale_(self._factors)
+        factors = self._moving_factors
+        if isinstance(factors, Tensor):
+            vector.scale_(factors)
         if any(mask is not None for mask in self._mask()):
             numbers = [1.0 if mask is None else float(mask) for mask in self._mask()]
             vector.scale_(on_device(numbers, vector.tensors[0].device, torch.float64))
@@ -356,7 +364,8 @@ class WeightPerturbation:
             for i, (tensor, factor) in zip(self._active, self._vector().parts(), strict=True):
                 yield i, tensor, factor
             return
-        own = self._factors if self._factors is not None else [None] * len(self._active)
+        factors = self._moving_factors
+        own = factors if factors is not None else [None] * len(self._active)
         for i, (tensor, factor), *others in zip(
             self._active, self._transformed.parts(), own, self._mask(), strict=True
         ):
@@ -373,8 +382,7 @@ class WeightPerturbation:
             with torch.no_grad():
                 if final:
                     self._fold()
-                for bucket in bucketed(parts()):
-                    self._add(bucket, generators)
+                self._add_all(parts(), generators)
             if final:
                 self.measure()
                 self._transformed, self._scale = None, None
@@ -389,6 +397,10 @@ class WeightPerturbation:
                 except BaseException:  # an interrupt in the middle of the restore must not leave it half done
                     self.restore()
                     raise
+
+    def _add_all(self, parts: Iterable[Part], generators: Callable[[torch.device], torch.Generator]) -> None:
+        for bucket in bucketed(parts):
+            self._add(bucket, generators)
 
     def _add(self, parts: Sequence[Part], generators: Callable[[torch.device], torch.Generator]) -> None:
         """Move the weights of some parameters by factors of values."""

@@ -25,7 +25,7 @@ from fairseq_sam.core.method import Method
 from fairseq_sam.core.perturbation import EmbeddingPerturbation, Measurements, WeightPerturbation
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.tensors import Gradients, add, add_all, at_least_float32, kept, without_views
+from fairseq_sam.core.tensors import Gradients, add, add_all, at_least_float32, dense, kept, without_views
 from fairseq_sam.core.unperturbed import running
 
 # Given the gradients of an ascent pass and what the pass returned: the gradients to ascend, and their unit factor.
@@ -297,7 +297,7 @@ class SharpnessAwareStep(Generic[Result]):
             return gradient
         overflows = self.measured.num_overflows > 0
         if isinstance(overflows, Tensor):
-            return torch.where(overflows.to(gradient.device), torch.inf, gradient)
+            return torch.where(overflows.to(gradient.device), torch.inf, dense(gradient))
         return torch.full_like(gradient, torch.inf) if overflows else gradient
 
     def _combined(

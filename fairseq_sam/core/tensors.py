@@ -19,8 +19,8 @@ def known(flag: Tensor) -> Flag:
 
 
 def kept(tensor: Tensor, flag: Tensor) -> Tensor:
-    """Return a tensor where a flag is set, else zeros, also where it is infinite or NaN."""
-    return torch.where(flag.to(tensor.device), tensor, 0.0)
+    """Return a tensor, dense, where a flag is set, else zeros, also where it is infinite or NaN."""
+    return torch.where(flag.to(tensor.device), dense(tensor), 0.0)
 
 
 def on_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
