@@ -150,11 +150,12 @@ def add_component(
     whole = reduce(gradients)
     factor = alpha * dot(whole, whole).sqrt() / (length * num_workers)
 
-    def part(v: Tensor) -> Tensor:
-        found = v * factor.to(v.device)
-        return kept(found, usable) if isinstance(usable, Tensor) else found
+    def with_part(g: Tensor, v: Tensor) -> Tensor:
+        part = v * factor.to(v.device)
+        part = (kept(part, usable) if isinstance(usable, Tensor) else part).to(g.dtype)
+        return part + g if g.is_sparse else g + part  # torch adds sparse tensors to dense ones, not the reverse
 
-    return [g if v is None or g is None else g + part(v).to(g.dtype) for g, v in zip(gradients, component, strict=True)]
+    return [g if v is None or g is None else with_part(g, v) for g, v in zip(gradients, component, strict=True)]
 
 
 def projection_ratio(of: Gradients, on: Gradients) -> Tensor:

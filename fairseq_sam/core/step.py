@@ -298,7 +298,7 @@ class SharpnessAwareStep(Generic[Result]):
         overflows = self.measured.num_overflows > 0
         if isinstance(overflows, Tensor):
             return torch.where(overflows.to(gradient.device), torch.inf, dense(gradient))
-        return torch.full_like(gradient, torch.inf) if overflows else gradient
+        return torch.full_like(dense(gradient), torch.inf) if overflows else gradient
 
     def _combined(
         self, prior: Gradients, gradients: Gradients, finish: bool, shared: bool, reduce: Reduce

@@ -395,6 +395,27 @@ def test_tables_of_an_earlier_run_are_not_overwritten_unasked(checkpoints, tmp_p
     assert rows_of(tmp_path / "trace.tsv")[0]["model"] == "ga_sam" and not (tmp_path / "density.tsv").exists()
 
 
+def test_earlier_tables_stay_until_the_models_are_read(checkpoints, tmp_path, capsys):
+    words = ["--kinds", "ascent", "--radii", "0.1", "--num-batches", "1", "--out", str(tmp_path)]
+    assert main(["sharpness", checkpoints[0], *words]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for broken in (["nowhere.pt"], [checkpoints[0], "--subset", "nowhere"]):
+        assert main(["sharpness", *broken, *words, "--overwrite"]) == 2
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("words", [["robustness", "--steps", "2"], ["landscape", "--points", "3"]])
+def test_an_interrupt_before_there_is_anything_to_draw(checkpoints, tmp_path, monkeypatch, capsys, words):
+    """After the first row, of which no panel can be made."""
+
+    def interrupted(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Progress, "__call__", interrupted)
+    assert main([words[0], checkpoints[0], *words[1:], "--num-batches", "1", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_a_damaged_model_is_found_before_another_is_measured(checkpoints, tmp_path, capsys):
     cut = tmp_path / "cut.pt"
     cut.write_bytes(Path(checkpoints[1]).read_bytes()[:5000])

@@ -131,3 +131,33 @@ def test_weights_with_views_take_the_same_steps(preset):
 
     found, expected = (updated(preset, closure) for closure in (viewed, closure_of))
     assert (flat(found.parameters()) == flat(expected.parameters())).all() and views
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_views_that_a_pass_makes_follow_the_weights(at):
+    """Made in the first, the second or the last of three passes, and kept: a cached transpose, a state dict."""
+    model, data, views, number = mlp(), batch(0), [], [0]
+    sam = SharpnessAware(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, method="multistep_defense", **SETTINGS["multistep_defense"]
+    )
+    plain = closure_of(model, data)
+
+    def closure():
+        if number[0] == at:
+            views.extend([model[0].weight.detach().t(), model.state_dict()["2.weight"]])
+        elif number[0] > at:
+            assert torch.equal(views[0].t(), model[0].weight) and torch.equal(views[1], model[2].weight)
+        number[0] += 1
+        return plain()
+
+    for _ in range(3):
+        sam.step(closure)
+        assert torch.equal(views[0].t(), model[0].weight) and torch.equal(views[1], model[2].weight)
+    plain_model = mlp()
+    other = SharpnessAware(
+        torch.optim.SGD(plain_model.parameters(), lr=0.1), plain_model, method="multistep_defense",
+        **SETTINGS["multistep_defense"],
+    )  # fmt: skip
+    for _ in range(3):
+        other.step(closure_of(plain_model, data))
+    assert (flat(model.parameters()) == flat(plain_model.parameters())).all()

@@ -91,6 +91,73 @@ def test_scales_and_granularities(monkeypatch, scale, granularity, steps, mishap
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
 
 
+def scaled(monkeypatch, preset, model_of, factors, **options):
+    """Updates with a loss scale, of which those with an overflow are dropped: weights, and which updates were made."""
+    torch.manual_seed(1)
+    model, made = model_of(), []
+    sam = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), model, method=preset, **options)
+    for number, factor in enumerate(factors):
+        data, passes = batch(number), iter(range(99))
+
+        def closure(data=data, passes=passes, factor=factor):
+            loss = (model(data[0]) - data[1]).square().mean()
+            (loss * 2.0 * (factor if next(passes) == 1 else 1.0)).backward()
+            return loss.detach() * 2.0
+
+        sam.zero_grad()
+        sam.accumulate(closure, loss_scale=2.0)
+        gradients = [p.grad.to_dense() for p in model.parameters() if p.grad is not None]
+        made.append(all(bool(torch.isfinite(g).all()) for g in gradients))
+        if made[-1]:
+            sam.apply()
+        sam.num_updates += 1
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    return flat(model.parameters()), made
+
+
+class Words(torch.nn.Module):
+    """A model with an embedding whose gradient is sparse."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(8, 4, sparse=True, dtype=torch.float64)
+        self.out = torch.nn.Linear(4, 2, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.out(self.embedding((x.abs() * 4).long().clamp(max=7)).mean(1))
+
+
+@pytest.mark.parametrize("model_of", [mlp, Words])
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [("sam", {}), ("ga_sam", {"steps": 2}), ("multistep_defense", {"steps": 3, "norm": "l2"}), ("gsam", {}),
+     ("look_sam", {"interval": 5})],
+)  # fmt: skip
+def test_a_loss_scaler_drops_the_same_updates(monkeypatch, preset, options, model_of):
+    """The first update's second pass overflows; what is kept of it must not spoil those that follow."""
+    if preset == "gsam" and model_of is Words:
+        options = {"descent": "last"}
+    options = {**SETTINGS[preset], **options}
+    factors = [float("inf"), *[1.0] * 6]
+    expected, made = scaled(monkeypatch, preset, model_of, factors, **options)
+    as_on_a_gpu(monkeypatch)
+    found, also = scaled(monkeypatch, preset, model_of, factors, **options)
+    assert also == made and made[1:] == [True] * 6
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", ["inverse_gradient", "gradient_strength"])
+def test_an_infinite_scale_moves_nothing(monkeypatch, scale):
+    """Gradients so small that T is infinite, where no cap makes it finite."""
+    options = {"scale": scale, "granularity": "element", "max_scale": float("inf"), "steps": 2, "epsilon": 0.1}
+    factors = dict.fromkeys(range(99), 1e-310)
+    expected = trained("sam", factors, **options)
+    assert np.isfinite(expected[0]).all()
+    as_on_a_gpu(monkeypatch)
+    for a, b in zip(trained("sam", factors, **options), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("mishap", ["none", "overflow"])
 def test_half_precision(monkeypatch, mishap):
     expected = trained("ga_sam", MISHAPS[mishap], torch.bfloat16)
