@@ -7,6 +7,7 @@ import torch
 
 from fairseq_sam import PRESETS, InstanceBatch, SharpnessAware
 from fairseq_sam.__main__ import cost, main, settings, table
+from fairseq_sam.core import perturbation, tensors
 from tests.core.models import SETTINGS, batch, feed, mlp, model_for
 
 PRESET = pytest.mark.parametrize("preset", PRESETS)
@@ -51,9 +52,16 @@ def test_passes_are_those_of_the_card(name, preset, options):
         assert forward == pytest.approx(sam.method.forwards if active else 0)
 
 
+@pytest.mark.parametrize("on_a_gpu", [False, True])
 @pytest.mark.parametrize(("name", "preset", "options"), CASES, ids=[name for name, _, _ in CASES])
-def test_copies_are_those_of_the_card(name, preset, options):
-    """Bytes of all tensors that live when the last pass begins, beside those of model, data and base optimizer."""
+def test_copies_are_those_of_the_card(monkeypatch, name, preset, options, on_a_gpu):
+    """Bytes of all tensors that live when the last pass begins, beside those of model, data and base optimizer.
+
+    Also where no number is read and all weights are moved at once, as on a GPU.
+    """
+    if on_a_gpu:
+        monkeypatch.setattr(tensors, "READABLE", ())
+        monkeypatch.setattr(perturbation, "ONE_BY_ONE", ())
     model, data = model_for(preset, torch.float32), batch(0, dtype=torch.float32)
     model.register_parameter("large", torch.nn.Parameter(torch.ones(300, 200)))
     size = sum(p.numel() for p in model.parameters()) * 4
