@@ -41,6 +41,11 @@ class Eigenvalues:
         """
         return self.residuals <= CONVERGED * self.values.abs()
 
+    @property
+    def known(self) -> Tensor:
+        """Whether each has converged, and all larger ones too, ``(k,)``: else others may be missing before it."""
+        return self.converged.cummin(0).values
+
 
 @dataclass(frozen=True)
 class Trace:

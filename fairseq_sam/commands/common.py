@@ -122,26 +122,25 @@ def trained_models(
     import_user_module(args.user_dir)
     from fairseq_sam.adapter.trained import Trained
 
-    def load(name: str, path: Path) -> tuple[Any, list[Any]]:
+    def load(path: Path) -> tuple[Any, list[Any]]:
         torch.manual_seed(args.seed)
         trained = Trained(path, args.data, cpu=args.cpu, **options)
-        batches = (chosen or batches_of)(args, trained)
-        check_loss(name, trained, batches[:1])
-        return trained, batches
+        return trained, (chosen or batches_of)(args, trained)
 
     models = dict(zip(names, args.checkpoints, strict=True))
     for name in names[1:]:
-        load(name, models[name])
-    loaded = load(names[0], models[names[0]])
-    remove_earlier(args, *tables)
+        trained, batches = load(models[name])
+        check_loss(name, trained, batches[:1])
     records: list[dict[str, Any]] = []
     for name, path in models.items():
-        trained, batches = loaded if name == names[0] else load(name, path)
+        trained, batches = load(path)
+        check_loss(name, trained, batches)
+        if not records:
+            remove_earlier(args, *tables)
         records.append({
             "name": name, "checkpoint": path.resolve(), "weights": digest_of_files(path),
             "data": os.path.abspath(trained.data), "finished": False,
         })  # fmt: skip
-        check_loss(name, trained, batches)
         model = Measured(name, trained, batches, records[-1], lambda: write_settings(args, records))
         model.note("batches", batches)
         yield model

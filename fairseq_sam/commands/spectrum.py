@@ -4,9 +4,7 @@ With them the Hessian's trace and the density of its eigenvalues.
 """
 
 import argparse
-import itertools
 import math
-import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -137,9 +135,7 @@ def density_rows(quadratures: Mapping[str, Quadrature]) -> list[dict[str, Any]]:
 
 def eigenvalue_rows(name: str, matrix: str, found: Any) -> list[dict[str, Any]]:
     """Return rows of the table of eigenvalues."""
-    # Behind one that has not converged others may be missing, so that the ranks are not known.
-    converged = list(itertools.accumulate(found.converged.tolist(), operator.and_))
-    triples = zip(found.values.tolist(), found.residuals.tolist(), converged, strict=True)
+    triples = zip(found.values.tolist(), found.residuals.tolist(), found.known.tolist(), strict=True)
     return [
         {
             "model": name, "matrix": matrix, "rank": rank, "eigenvalue": value, "residual": residual,
@@ -151,7 +147,7 @@ def eigenvalue_rows(name: str, matrix: str, found: Any) -> list[dict[str, Any]]:
 
 def warn_of_others(name: str, found: Eigenvalues) -> None:
     """Say how many eigenvalues Lanczos has not brought near enough."""
-    number = len(found.values) - sum(itertools.accumulate(found.converged.tolist(), operator.and_))
+    number = len(found.values) - int(found.known.sum())
     if number:
         print(
             f"{name}: {number} of {len(found.values)} eigenvalues of the Hessian have not converged (hollow in the "

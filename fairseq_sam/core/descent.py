@@ -205,9 +205,9 @@ def _minus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 def _where(flag: Tensor, gradient: Tensor | None, other: Tensor | None) -> Tensor | None:
     """One gradient where a flag is set, else another; a missing one is 0."""
     if gradient is None:
-        return None if other is None else kept(dense(other), ~flag)
+        return None if other is None else kept(other, ~flag)
     flag = flag.to(gradient.device)
-    return kept(dense(gradient), flag) if other is None else torch.where(flag, dense(gradient), dense(other))
+    return kept(gradient, flag) if other is None else torch.where(flag, dense(gradient), dense(other))
 
 
 def _running_mean(

@@ -203,3 +203,4 @@ def test_what_has_not_converged_is_told():
     few = hessian_eigenvalues(objective, 12, steps=14)
     wrong = (few.values - exact.values).abs() > 0.01 * exact.values.abs()
     assert wrong.any() and not few.converged.all() and not (wrong & few.converged).any()
+    assert few.known.tolist() == [bool(few.converged[:rank].all()) for rank in range(1, 13)]
