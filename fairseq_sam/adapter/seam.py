@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
+from fairseq.modules import SinusoidalPositionalEmbedding
 from fairseq.optim import FP16Optimizer
 from fairseq.trainer import Trainer
 from torch import Tensor
@@ -38,7 +39,7 @@ from fairseq_sam.core.descent import local
 from fairseq_sam.core.embeddings import WordEmbeddings
 from fairseq_sam.core.fisher import SquaredGradients, squared_gradients
 from fairseq_sam.core.perturbation import Measurements
-from fairseq_sam.core.space import ParameterSpace
+from fairseq_sam.core.space import TABLES, ParameterSpace
 from fairseq_sam.core.step import (
     SharpnessAwareStep,
     all_or_nothing,
@@ -51,6 +52,7 @@ from fairseq_sam.core.tensors import Gradients, add_all, wide_dtype
 
 logger = logging.getLogger(__name__)
 
+TABLES.add(SinusoidalPositionalEmbedding)
 LEAST_SURVIVED = 0.5  # of a perturbation, in half precision; below it the user is warned
 
 

@@ -12,11 +12,13 @@ class Room:
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
+        self._kinds: list[tuple[Any, ...]] = []
 
     def of(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Return tensors like the weights, whose numbers are those of an earlier call or none."""
-        if [_kind(weight) for weight in weights] != [_kind(tensor) for tensor in self._tensors]:
-            self._tensors = [torch.empty_like(weight) for weight in weights]
+        kinds = [_kind(weight) for weight in weights]
+        if kinds != self._kinds:
+            self._tensors, self._kinds = [torch.empty_like(weight) for weight in weights], kinds
         return self._tensors
 
 
@@ -37,7 +39,8 @@ class Backup:
 
     def __init__(self, weights: Sequence[Tensor], room: Room) -> None:
         self._weights = weights
-        self._changes_places = [has_own_memory(weight) for weight in weights]
+        self._changes_places: list[bool | None] = [None] * len(weights)  # not known before the first move
+        self._alone = _readers(torch.empty(1))
         # Without a version count of their own. Quant-noise gives weights other memory in a forward pass.
         self._own = [weight.data for weight in weights]
         self._room = room.of(self._own)
@@ -51,8 +54,8 @@ class Backup:
         """Return some weights as they are, and for each where the moved ones are to be written, maybe the same."""
         for i in indices:
             self._give_back(i)
-            if self._changes_places[i] and _readers(self._own[i]) != _readers(torch.empty(1)) + 1:
-                self._changes_places[i] = False  # something reads the weight's memory since, and must see the move
+            if self._changes_places[i] is not False:  # what reads the weight's memory must see the move
+                self._changes_places[i] = has_own_memory(self._own[i], self._alone and self._alone + 1)
         left = [i for i in indices if not (self._changes_places[i] or self._is_copied[i])]
         if left:
             torch._foreach_copy_([self._room[i] for i in left], [self._own[i] for i in left])
@@ -71,7 +74,7 @@ class Backup:
         """Put back what has moved."""
         for i in range(len(self._weights)):
             self._give_back(i)
-            if self._changes_places[i] and _readers(self._room[i]) != _readers(torch.empty(1)):
+            if self._changes_places[i] and _readers(self._room[i]) != self._alone:
                 self._keep_room(i)
         copied = [i for i, is_copied in enumerate(self._is_copied) if is_copied]
         if copied:
@@ -88,17 +91,27 @@ class Backup:
             self._weights[i].data = self._own[i]
 
 
-def has_own_memory(weight: Tensor) -> bool:
-    """Return whether nothing else, such as a view, another parameter or another process, reads a weight's memory."""
+def has_own_memory(weight: Tensor, readers: int | None = None) -> bool:
+    """Return whether nothing else, such as a view, another parameter or another process, reads a weight's memory.
+
+    Args:
+        weight: the weight.
+        readers: how many tensors may have its memory, as torch counts them; default the weight alone.
+    """
     if weight.device.type != "cpu" or weight.layout != torch.strided or not weight.numel():
         return False
-    if weight.is_shared():  # type: ignore[no-untyped-call]
+    storage = weight.untyped_storage()
+    if storage.nbytes() != weight.numel() * weight.element_size() or storage.is_shared():
         return False
-    whole = weight.numel() * weight.element_size()
-    return weight.untyped_storage().nbytes() == whole and _readers(weight) == _readers(torch.empty(1))
+    uses = _uses(storage)
+    return uses is not None and uses == (_readers(torch.empty(1)) if readers is None else readers)
 
 
-def _readers(tensor: Tensor) -> int:
-    """How many tensors have a tensor's memory; something that no tensor has where torch does not tell."""
+def _readers(tensor: Tensor) -> int | None:
+    """How many tensors have a tensor's memory, as torch counts them; None where it does not tell."""
+    return _uses(tensor.untyped_storage())
+
+
+def _uses(storage: torch.UntypedStorage) -> int | None:
     count = getattr(torch._C, "_storage_Use_Count", None)
-    return id(tensor) if count is None else int(count(tensor.untyped_storage()._cdata))
+    return None if count is None else int(count(storage._cdata))

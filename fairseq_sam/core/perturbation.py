@@ -24,7 +24,8 @@ from fairseq_sam.core.vectors import ALL, Ball, Factor, Vector, add_all_scaled
 
 # On a GPU starting work takes longer than adding up a small tensor; on a processor what is in its caches counts.
 BUCKET = 2**26
-ONE_BY_ONE = ("cpu",)
+CACHED = 2**18  # bytes that a processor moves while they are in its cache
+CACHES = ("cpu",)
 
 # A parameter's number, a tensor and a factor whose product is added to it.
 Part = tuple[int, Tensor, Factor | None]
@@ -416,7 +417,7 @@ class WeightPerturbation:
                 moved = round_stochastically(moved, weight.dtype, generators(weight.device))
             place.copy_(moved)
         if plain:
-            add_all_scaled(*zip(*plain, strict=True))
+            add_all_scaled(*zip(*plain, strict=True), at_once=plain[0][0].device.type not in CACHES)
         self._backup.after_move(indices)
 
     def _generators(self, stream: str) -> Callable[[torch.device], torch.Generator]:
@@ -444,14 +445,14 @@ class WeightPerturbation:
 
 
 def bucketed(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Put parts together that one call may move: single ones on a processor, else as many as have ``BUCKET`` bytes."""
+    """Put parts together that one call may move: as many as have ``BUCKET`` bytes, on a processor few."""
     bucket: list[Part] = []
     size = 0
     for part in parts:
         _, value, _ = part
         bucket.append(part)
         size += value.numel() * value.element_size()
-        if value.device.type in ONE_BY_ONE or size >= BUCKET:
+        if size >= (CACHED if value.device.type in CACHES else BUCKET):
             yield bucket
             bucket, size = [], 0
     if bucket:

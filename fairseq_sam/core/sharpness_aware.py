@@ -145,27 +145,24 @@ class SharpnessAware:
                 raise ValueError(f"{name} must be a number > 0, got {value!r}")
         if callable(closure) and self.method.needs_instances and self.method.epsilon > 0:
             raise ClosureBatch.refusal(self.method.name)
-        with all_or_nothing(self._parameters(), list(self._model.buffers()), self, self._memory):
+        space = self._space()
+        with all_or_nothing(space.tensors, space.buffers, self, self._memory):
             if callable(closure):
-                return self._accumulate(ClosureBatch(closure, sample_size), loss_scale).loss
-            return self._accumulate_sums(closure, loss_scale)
+                return self._accumulate(ClosureBatch(closure, sample_size), space, loss_scale).loss
+            return self._accumulate_sums(closure, space, loss_scale)
 
-    def _accumulate_sums(self, batch: Batch[Any], loss_scale: float) -> Loss:
+    def _accumulate_sums(self, batch: Batch[Any], space: ParameterSpace, loss_scale: float) -> Loss:
         """Batches give gradients of sums over instances: divide what this one adds by its sample size."""
-        parameters = self._parameters()
-        prior = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
+        prior = space.take_gradients()
         new: Gradients = [None] * len(prior)
         try:
-            result = self._accumulate(batch, loss_scale)
-            new = [None if p.grad is None else p.grad / result.sample_size for p in parameters]
+            result = self._accumulate(batch, space, loss_scale)
+            new = [None if p.grad is None else p.grad / result.sample_size for p in space.tensors]
         finally:
-            for p, gradient in zip(parameters, add_all(prior, new), strict=True):
-                p.grad = gradient
+            space.put_gradients(add_all(prior, new))
         return result.loss
 
-    def _accumulate(self, batch: Batch[Any], loss_scale: float) -> PassResult:
+    def _accumulate(self, batch: Batch[Any], space: ParameterSpace, loss_scale: float) -> PassResult:
         """Leave the method's gradient in ``p.grad``; return the clean loss and the sample size of the last pass."""
         index, self._index = self._index, self._index + 1
         method = self.method.at(max(group.get("lr", 0.0) for group in self.param_groups))
@@ -173,9 +170,8 @@ class SharpnessAware:
         if not method.is_active(self.epoch, self.num_updates):
             self.last_step.num_passes = 1
             reuses = self._memory.component and not method.has_ended(self.epoch, self.num_updates)
-            result = reuse(method, self._space(), self._memory, batch) if reuses else batch.run()
+            result = reuse(method, space, self._memory, batch) if reuses else batch.run()
             return PassResult(result.loss, result.sample_size)
-        space = self._space()
         if index == 0:
             self._memory.component = None  # that of this update is the sum over its micro-batches
 

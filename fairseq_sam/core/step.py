@@ -75,7 +75,6 @@ class SharpnessAwareStep(Generic[Result]):
         else:
             self._perturbation = WeightPerturbation(method, space, self._memory.masks(space), self._memory.room)
         self._num_parts = 0
-        self._begin()
 
     @property
     def measured(self) -> Measurements:

@@ -57,12 +57,13 @@ class Vector:
     def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Each tensor with its factor, a 0-dimensional one on its device; None for 1."""
         factors: dict[Any, Sequence[Tensor]] = {}
+        number = 0 if self._factors is None else len(self._factors)
         for i, tensor in enumerate(self.tensors):
             value, kind = tensor if self._flag is None else kept(tensor, self._flag), (tensor.device, tensor.dtype)
             if self._factors is not None and kind not in factors:
                 most = torch.finfo(tensor.dtype).max  # of tiny gradients
                 factors[kind] = self._factors.clamp(max=most).to(*kind).unbind()
-            yield value, None if self._factors is None else factors[kind][i % len(self._factors)]
+            yield value, None if self._factors is None else factors[kind][i % number]
 
     def values(self) -> list[Tensor]:
         """Return tensors with their factors multiplied in, which must not be overwritten."""
@@ -176,19 +177,25 @@ def _add_scaled(tensor: Tensor, other: Tensor, factor: Factor | None, place: Ten
 
 
 def add_all_scaled(
-    tensors: Sequence[Tensor], others: Sequence[Tensor], factors: Sequence[Factor | None], places: Sequence[Tensor]
+    tensors: Sequence[Tensor],
+    others: Sequence[Tensor],
+    factors: Sequence[Factor | None],
+    places: Sequence[Tensor],
+    *,
+    at_once: bool,
 ) -> None:
-    """Write sums of tensors and products: one by one, or all at once where starting work is what takes time.
+    """Write sums of tensors and products.
 
     Args:
         tensors: what is added to.
         others: of the same shapes.
         factors: of the others, None for 1.
         places: where the sums are written, with the tensors' types and shapes; may be the tensors themselves.
+        at_once: all together, if they are, where starting work is what takes time; else one by one.
     """
     own = [factor for factor in factors if isinstance(factor, Tensor)]
     is_one = all(factor is factors[0] for factor in factors)
-    at_once = len(tensors) > 1 and all(tensor is place for tensor, place in zip(tensors, places, strict=True))
+    at_once = at_once and all(tensor is place for tensor, place in zip(tensors, places, strict=True))
     if not (at_once and (is_one or len(own) == len(tensors))):
         for row in zip(tensors, others, factors, places, strict=True):
             _add_scaled(*row)

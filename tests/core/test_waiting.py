@@ -59,7 +59,7 @@ def trained(preset, factors, dtype=torch.float64, **options):
 def as_on_a_gpu(monkeypatch):
     """Nothing is read, and several tensors are moved by one call: here up to three matrices."""
     monkeypatch.setattr(tensors, "READABLE", ())
-    monkeypatch.setattr(perturbation, "ONE_BY_ONE", ())
+    monkeypatch.setattr(perturbation, "CACHES", ())
     monkeypatch.setattr(perturbation, "BUCKET", 300)
 
 
