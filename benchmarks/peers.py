@@ -5,11 +5,11 @@
 
 All run in plain PyTorch with torch's Adam: pytorch_optimizer's SAM, GSAM and LookSAM, and the usual two-step loop. Each
 has a model of its own with the same weights; in every round the two of a pair run one after the other, in turn. What is
-written is the median over the rounds of the peer's time over this engine's, and the memory beside model, gradient and
-base optimizer that lives when the last pass begins, in copies of the weights.
+written is the median over the rounds of the peer's time over this engine's, and by how much the most memory that is
+allocated at any moment is above that of torch's Adam alone, in copies of the weights.
 """
 
-import gc
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -23,14 +23,23 @@ import fairseq.benchmark  # noqa: E402, F401  registers the tasks
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks.measure import (  # noqa: E402
+    WARM_UPS,
+    Clock,
+    parser_of,
+    peak_bytes,
+    ratio,
+    rounds_of,
+    write_table,
+)
 from benchmarks.models import MODELS, batches, trainer  # noqa: E402
-from benchmarks.steps import WARM_UPS, Clock, parser_of, write_table  # noqa: E402
 from fairseq_sam import SharpnessAware  # noqa: E402
 from fairseq_sam.commands.common import Progress  # noqa: E402
 
 Closure = Callable[[], Tensor]
 Step = Callable[[Closure], Any]
 RADIUS, RATE = 0.05, 1e-4
+STEPS = 6  # in which memory is measured: LookSAM's period and one more
 
 
 # -- peers: from a model, what takes a closure, which runs forward and backward and returns the loss -------------------
@@ -44,6 +53,18 @@ def ours(method: str, **options: Any) -> Callable[[nn.Module], Step]:
         return SharpnessAware(adam, model, method, epsilon=RADIUS, **options).step
 
     return build
+
+
+def plain(model: nn.Module) -> Step:
+    """No sharpness-aware step."""
+    adam = torch.optim.Adam(model.parameters(), lr=RATE)
+
+    def step(closure: Closure) -> None:
+        adam.zero_grad()
+        closure()
+        adam.step()
+
+    return step
 
 
 def two_step_loop(model: nn.Module) -> Step:
@@ -128,36 +149,31 @@ PAIRS: dict[str, tuple[Callable[[nn.Module], Step], Callable[[nn.Module], Step]]
 def main(arguments: Sequence[str]) -> None:
     """Time each pair on each model and batch; write the table after each."""
     args = parser_of(__doc__, "peer", list(PAIRS)).parse_args(arguments)
-    write_table(
-        args, "peer", lambda name, tokens, peer, clock, cuda: compared(name, tokens, peer, args.rounds, clock, cuda)
-    )
+    write_table(args, "peer", lambda name, tokens, peer, clock, cuda: compared(name, tokens, peer, args, clock, cuda))
 
 
-def compared(name: str, tokens: int, peer: str, rounds: int, clock: Clock, cuda: bool) -> dict[str, Any]:
+def compared(name: str, tokens: int, peer: str, args: Any, clock: Clock, cuda: bool) -> dict[str, Any]:
     """Time the two steps of a pair; return the columns of the table."""
-    copies = [Side(name, tokens, build, cuda).copies() for build in PAIRS[peer]]
-    gc.collect()
+    peaks = []
+    for build in (plain, *PAIRS[peer]):
+        peaks.append(peak_bytes(functools.partial(Side, name, tokens, build, cuda), STEPS, cuda))
     sides = [Side(name, tokens, build, cuda) for build in PAIRS[peer]]
+    weights = sides[0].weight_bytes
     progress, times = Progress(f"{name}, {tokens} tokens, {peer}"), []
-    for number in range(rounds + WARM_UPS):
+    for number, is_warm_up in rounds_of(args.rounds, args.limit):
         order = (0, 1) if number % 2 else (1, 0)
         found = {place: clock(lambda place=place, number=number: sides[place](number)) for place in order}
-        times.append((found[0], found[1]))
-        progress(number + 1, rounds + WARM_UPS)
-    kept = times[WARM_UPS:]
-    periods = "Look" in peer  # its steps differ: the sums are compared
-    columns = {
-        "peer (s)": statistics.fmean(a for a, _ in kept),
-        "ours (s)": statistics.fmean(b for _, b in kept),
-        "peer over ours": sum(a for a, _ in kept) / sum(b for _, b in kept)
-        if periods
-        else statistics.median(a / b for a, b in kept),
-        "peer copies": copies[0],
-        "our copies": copies[1],
-        "rounds": rounds,
+        if not is_warm_up:
+            times.append((found[0], found[1]))
+        progress(number + 1, args.rounds + WARM_UPS)
+    return {
+        "peer (s)": statistics.fmean(a for a, _ in times),
+        "ours (s)": statistics.fmean(b for _, b in times),
+        "peer over ours": ratio(times, is_even="Look" not in peer),  # whose steps differ: the sums are compared
+        "peer copies": (peaks[1] - peaks[0]) / weights,
+        "our copies": (peaks[2] - peaks[0]) / weights,
+        "rounds": len(times),
     }
-    gc.collect()
-    return columns
 
 
 class Side:
@@ -168,12 +184,6 @@ class Side:
         self._trainer = trainer(model, "--optimizer adam", tokens, cpu=not cuda)
         self._data = batches(model, tokens, len(self._trainer.task.source_dictionary))
         self._model: nn.Module = self._trainer.model
-        self._watches = False
-        self._live = 0
-        for sample in self._data:  # tables of positions are made in the first passes
-            self._closure(self._trainer._prepare_sample(sample)[0])
-        self._model.zero_grad()
-        self._before = live_bytes()
         self._step = build(self._model)
 
     def __call__(self, number: int) -> None:
@@ -183,33 +193,14 @@ class Side:
         self._step(lambda: self._closure(sample))
 
     def _closure(self, sample: Any) -> Tensor:
-        if self._watches:
-            self._live = max(self._live, live_bytes())
         loss, size, _ = self._trainer.criterion(self._model, sample)
         (loss / size).backward()
         return loss.detach() / size
 
-    def copies(self) -> float:
-        """Copies of the weights that live when a pass begins, at most, in six steps."""
-        self(0)
-        optimizer = 2  # Adam's moments
-        self._watches = True
-        for number in range(6):
-            self(number)
-        self._watches = False
-        weights = sum(p.numel() * p.element_size() for p in self._model.parameters())
-        return (self._live - self._before) / weights - optimizer
-
-
-def live_bytes() -> int:
-    """Bytes of all tensors that are referred to."""
-    gc.collect()
-    seen = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, Tensor):
-            storage = thing.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-    return sum(seen.values())
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
 
 
 if __name__ == "__main__":

@@ -5,16 +5,15 @@
 
 In one process, on the same batches, in turn: a forward-backward pass, a step of the base optimizer, a step of each
 method. A method's floor is its passes and one update of the base optimizer, of the same round; what is written is the
-median over the rounds of a method's time over its floor, and over the base optimizer's step. Before the rounds each is
-run twice, unmeasured.
+median over the rounds of a method's time over its floor, and over the base optimizer's step. "beside" is how much
+longer a step is outside its passes and the update of the weights than the base optimizer's, as a share of the step.
+"refresh" is what making the Fisher mask costs, as a share of the steps for which it is kept. Before the rounds each is
+run twice, unmeasured, or until the mask is made.
 """
 
-import argparse
-import gc
-import itertools
+import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +24,11 @@ sys.path.insert(0, str(ROOT))
 import fairseq.benchmark  # noqa: E402, F401  registers the tasks
 import torch  # noqa: E402
 
-from benchmarks.models import MODELS, batches, quiet, trainer  # noqa: E402
+from benchmarks.measure import WARM_UPS, Clock, parser_of, ratio, rounds_of, seconds_inside, write_table  # noqa: E402
+from benchmarks.models import MODELS, batches, quiet, sentences, trainer  # noqa: E402
 from fairseq_sam.adapter.optimizers import unwrap  # noqa: E402
-from fairseq_sam.analysis.tables import write_rows  # noqa: E402
 from fairseq_sam.commands.common import Progress  # noqa: E402
 
-WARM_UPS = 2
 BASE = "adam"
 METHODS = {
     "sam": "--optimizer sam",
@@ -46,32 +44,6 @@ METHODS = {
 }
 
 
-class Clock:
-    """Seconds that work takes: wall-clock time, on a GPU that of its stream, or the processor's time.
-
-    Args:
-        device: ``cuda``, ``cpu`` or ``process``.
-    """
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-
-    def __call__(self, work: Callable[[], Any]) -> float:
-        """Run work and return its seconds."""
-        if self._device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            begin.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            return float(begin.elapsed_time(end)) / 1000
-        now = time.process_time if self._device == "process" else time.perf_counter
-        start = now()
-        work()
-        return now() - start
-
-
 class Round(NamedTuple):
     """Seconds of one round.
 
@@ -80,6 +52,8 @@ class Round(NamedTuple):
         base: a step of the base optimizer.
         step: a step of the method.
         floor: the method's passes and one update of the base optimizer.
+        beside: outside passes and update, in the method's step.
+        beside_base: outside passes and update, in the base optimizer's step.
         passes: passes of the step.
         forwards: its further forward passes.
     """
@@ -88,6 +62,8 @@ class Round(NamedTuple):
     base: float
     step: float
     floor: float
+    beside: float
+    beside_base: float
     passes: float
     forwards: float
 
@@ -104,77 +80,66 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
-def parser_of(description: str | None, kind: str, choices: list[str]) -> argparse.ArgumentParser:
-    """Return a parser with what every benchmark takes.
-
-    Args:
-        description: of the benchmark.
-        kind: of what is timed on each model and batch.
-        choices: which there are.
-    """
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL")
-    made.add_argument("--tokens", nargs="+", type=int, default=[512, 4000], help="of a batch; default 512 4000")
-    made.add_argument(f"--{kind}s", nargs="+", choices=choices, default=choices, metavar=kind.upper())
-    made.add_argument("--rounds", type=int, default=10, help="default %(default)s")
-    made.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
-    made.add_argument("--process-time", action="store_true", help="the processor's time, where other work runs")
-    made.add_argument("--out", type=Path, required=True, help="the table")
-    return made
-
-
-def write_table(args: argparse.Namespace, kind: str, measure: Callable[..., dict[str, Any]]) -> None:
-    """Measure each model, batch and choice; write the table after each.
-
-    Args:
-        args: of ``parser_of``.
-        kind: of the choices.
-        measure: from a model's name, tokens, a choice, the clock and whether it is on a GPU, columns of the table.
-    """
-    cuda = torch.cuda.is_available() and not args.cpu
-    clock = Clock("cuda" if cuda else "process" if args.process_time else "cpu")
-    rows: list[dict[str, Any]] = []
-    for name, tokens, chosen in itertools.product(args.models, args.tokens, getattr(args, f"{kind}s")):
-        own = {"model": name, "tokens": tokens, kind: chosen, "device": "GPU" if cuda else "CPU"}
-        rows.append({**own, **measure(name, tokens, chosen, clock, cuda)})
-        write_rows(args.out, rows)
-    print(f"written: {args.out}")
-
-
-def measured(name: str, tokens: int, method: str, args: argparse.Namespace, clock: Clock, cuda: bool) -> dict[str, Any]:
+def measured(name: str, tokens: int, method: str, args: Any, clock: Clock, cuda: bool) -> dict[str, Any]:
     """Time the steps of a method beside the base optimizer's; return the columns of the table."""
     model = MODELS[name]
     base = trainer(model, f"--optimizer {BASE}", tokens, cpu=not cuda, flags=args.flags)
     ours = trainer(model, f"{method} --base-optimizer {BASE}", tokens, cpu=not cuda, flags=args.flags)
     data = batches(model, tokens, len(base.task.source_dictionary))
-    progress, rounds = Progress(f"{name}, {tokens} tokens, {method}"), []
-    for number in range(args.rounds + WARM_UPS):
+    mask_interval = unwrap(ours.optimizer).method.mask_interval
+    refreshes = collecting_updates(ours, sentences(model, tokens))
+    warm_ups = WARM_UPS + refreshes
+    progress, rounds, refresh = Progress(f"{name}, {tokens} tokens, {method}"), [], 0.0
+    for number, is_warm_up in rounds_of(args.rounds, args.limit, warm_ups):
         sample = data[number % len(data)]
         passes, forwards = passes_of(ours)
         with quiet():
             one = clock(lambda sample=sample: forward_backward(base, sample))
             forward = clock(lambda sample=sample: forward_only(base, sample)) if forwards else 0.0
-            plain = clock(lambda sample=sample: base.train_step([sample]))
-            step = clock(lambda sample=sample: ours.train_step([sample]))
-        rounds.append(Round(one, plain, step, plain + (passes - 1) * one + forwards * forward, passes, forwards))
-        progress(number + 1, args.rounds + WARM_UPS)
-    kept = rounds[WARM_UPS:]
-    is_even = len({(each.passes, each.forwards) for each in kept}) == 1  # else some updates are sharpness-aware
-    average = statistics.median if is_even else statistics.fmean
-    found = {
+            plain, beside_base = step_of(base, sample, clock)
+            step, beside = step_of(ours, sample, clock)
+        floor = plain + (passes - 1) * one + forwards * forward
+        if not is_warm_up:
+            rounds.append(Round(one, plain, step, floor, beside, beside_base, passes, forwards))
+        elif number < refreshes:
+            refresh += step - floor
+        progress(number + 1, args.rounds + warm_ups)
+    is_even = len({(each.passes, each.forwards) for each in rounds}) == 1  # else some updates are sharpness-aware
+    average: Callable[[list[float]], float] = statistics.median if is_even else statistics.fmean
+    step = average([each.step for each in rounds])
+    return {
         "parameters": sum(p.numel() for p in base.model.parameters()),
         "tensors": sum(1 for _ in base.model.parameters()),
-        "passes": statistics.fmean(each.passes for each in kept),
-        "forwards": statistics.fmean(each.forwards for each in kept),
-        "pass (s)": average([each.one for each in kept]),
-        "base (s)": average([each.base for each in kept]),
-        "step (s)": average([each.step for each in kept]),
-        "over base": ratio([(each.step, each.base) for each in kept], is_even),
-        "over floor": ratio([(each.step, each.floor) for each in kept], is_even),
-        "rounds": len(kept),
+        "passes": statistics.fmean(each.passes for each in rounds),
+        "forwards": statistics.fmean(each.forwards for each in rounds),
+        "pass (s)": average([each.one for each in rounds]),
+        "base (s)": average([each.base for each in rounds]),
+        "step (s)": step,
+        "over base": ratio([(each.step, each.base) for each in rounds], is_even),
+        "over floor": ratio([(each.step, each.floor) for each in rounds], is_even),
+        "beside": "" if cuda else ratio([(each.beside - each.beside_base, each.step) for each in rounds], is_even),
+        "refresh": refresh / (step * mask_interval) if refreshes else "",
+        "rounds": len(rounds),
     }
-    gc.collect()
-    return found
+
+
+def step_of(made: Any, sample: Any, clock: Clock) -> tuple[float, float]:
+    """Run a training step; return its seconds, and those outside its passes and the update (0 on a GPU)."""
+    if clock.now is None:
+        return clock(lambda: made.train_step([sample])), 0.0
+    optimizer = unwrap(made.optimizer)
+    base = made.optimizer if optimizer is None else optimizer.base
+    places = (type(made.task), "train_step"), (type(made.criterion), "forward"), (base.optimizer, "step")
+    with seconds_inside(clock.now, *places) as inside:
+        step = clock(lambda: made.train_step([sample]))
+    return step, step - inside[0]
+
+
+def collecting_updates(made: Any, size: int) -> int:
+    """In how many updates the Fisher mask is made, from batches of a size."""
+    optimizer = unwrap(made.optimizer)
+    assert optimizer is not None, "it is one of ours"
+    return math.ceil(optimizer.method.fisher_samples / size) if optimizer.method.mask == "fisher" else 0
 
 
 def forward_backward(made: Any, sample: Any) -> None:
@@ -201,13 +166,6 @@ def passes_of(made: Any) -> tuple[float, float]:
     if not method.is_active(optimizer.epoch, made.get_num_updates()):
         return 1.0, 0.0
     return method.passes, method.forwards
-
-
-def ratio(pairs: Sequence[tuple[float, float]], is_even: bool) -> float:
-    """Return the median of the rounds' ratios, or that of the sums where rounds do different work."""
-    if is_even:
-        return statistics.median(first / second for first, second in pairs)
-    return sum(first for first, _ in pairs) / sum(second for _, second in pairs)
 
 
 if __name__ == "__main__":

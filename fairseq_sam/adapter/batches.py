@@ -105,20 +105,38 @@ class MicroBatch:
 
     def run_with_losses(self) -> tuple[Pass, Tensor]:
         """Run forward and backward; return the losses of the instances as well."""
-        with capture_output(self._call.criterion, self._call.model) as captured:
-            result = self.run()
-        with torch.no_grad():
-            return result, self._losses(captured, result.loss)
+        found: list[Tensor] = []
+
+        def backward_from(loss: Tensor, captured: Captured) -> Tensor:
+            with torch.no_grad():
+                found[:] = [self._losses(captured, loss)]
+            return loss
+
+        result = self._run_from(backward_from)
+        return result, found[0]
 
     def run_weighted(self, weights: Tensor) -> Pass:
         """Run forward, and backward of the weighted sum of the instances' losses."""
+
+        def backward_from(loss: Tensor, captured: Captured) -> Tensor:
+            losses = self._losses(captured, loss)
+            total = (weights.to(losses.device, losses.dtype) * losses).sum()
+            if not loss._is_view():
+                loss.detach_()  # what its own graph has saved is as large as the output
+            return total * 0.0 if self._is_dummy else total
+
+        result = self._run_from(backward_from)
+        return result._replace(loss=result.loss.detach())
+
+    def _run_from(self, backward_from: Callable[[Tensor, Captured], Tensor]) -> Pass:
+        """Run forward, and backward from what a function makes of the loss and the captured output."""
         plain_backward = self._call.optimizer.backward
         with capture_output(self._call.criterion, self._call.model) as captured:
 
             def backward(loss: Tensor) -> None:
-                losses = self._losses(captured, loss)
-                total = (weights.to(losses.device, losses.dtype) * losses).sum()
-                plain_backward(total * 0.0 if self._is_dummy else total)
+                chosen = backward_from(loss, captured)
+                captured.release()
+                plain_backward(chosen)
 
             with _shadowed(self._call.optimizer, backward):
                 return self.run()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,11 +104,29 @@ class Captured:
 
     output: Any = None
     was_called = False
+    _probabilities: tuple[Any, bool, Any] | None = None  # of which output, whether logarithms; what they are
+
+    def probabilities(self, plain: Callable[..., Any], output: Any, log_probs: bool, *args: Any, **named: Any) -> Any:
+        """Return what ``get_normalized_probs`` of the model gives, and has given before of the same output."""
+        if self._probabilities is not None:
+            of, is_log, found = self._probabilities
+            if of is output and is_log == log_probs and (found.requires_grad or not torch.is_grad_enabled()):
+                return found
+        found = plain(output, log_probs, *args, **named)
+        self._probabilities = output, log_probs, found
+        return found
+
+    def release(self) -> None:
+        """Let go of the outputs: backward begins, and frees what it has used."""
+        self.output = self._probabilities = None
 
 
 @contextmanager
 def capture_output(criterion: Any, model: nn.Module) -> Iterator[Captured]:
     """Record what the criterion's watched module returns.
+
+    While the context is open, the model makes the probabilities of an output, which are as large as itself, only once:
+    those that the criterion has asked for are those that the losses of the instances are taken from.
 
     Args:
         criterion: the criterion that will run.
@@ -124,9 +143,22 @@ def capture_output(criterion: Any, model: nn.Module) -> Iterator[Captured]:
 
     handle = entry.watched_module(criterion, model).register_forward_hook(record)
     try:
-        yield captured
+        with _shared_probabilities(model, captured):
+            yield captured
     finally:
         handle.remove()
+
+
+@contextmanager
+def _shared_probabilities(model: nn.Module, captured: Captured) -> Iterator[None]:
+    """Let ``get_normalized_probs`` be that of what was captured; on the instance."""
+    plain = getattr(model, "get_normalized_probs", None)
+    try:
+        if plain is not None:
+            model.get_normalized_probs = partial(captured.probabilities, plain)  # type: ignore[assignment]
+        yield
+    finally:
+        vars(model).pop("get_normalized_probs", None)
 
 
 def instance_losses(
