@@ -186,8 +186,9 @@ class WeightPerturbation:
         """The gradient of the active parameters, dense and in float32 or better."""
         tensors, is_owned = [], True
         for i in self._active:
-            gradient, anchor = gradients[i], self._anchor(i)
-            tensor = torch.zeros_like(anchor) if gradient is None else dense(gradient).to(anchor.dtype)
+            gradient, master = gradients[i], self.space.masters[i]
+            dtype = wide_dtype((self.space.tensors[i] if master is None else master).dtype)
+            tensor = torch.zeros_like(self._anchor(i)) if gradient is None else dense(gradient).to(dtype)
             if gradient is not None and not gradient.is_sparse and tensor.data_ptr() == gradient.data_ptr():
                 is_owned = is_owned and overwrite
             tensors.append(tensor)
@@ -202,16 +203,17 @@ class WeightPerturbation:
         """Build T from the first usable gradient; the host may not know whether there was one."""
         if self._is_scaled is True:
             return
+        kind = SCALES[self.method.scale]
         scale = build_scale(
             self.method.scale,
             self._groups(),
-            Vector([self._anchor(i) for i in self._active], owned=False),
+            Vector([self._anchor(i) for i in self._active], owned=False) if kind.weight_based else ascent,
             ascent,
             unit=unit,
             eta=self.method.asam_eta,
             max_scale=self.method.max_scale,
         )
-        if not SCALES[self.method.scale].gradient_based:
+        if not kind.gradient_based:
             usable = True
         if isinstance(usable, Tensor):
             scale = scale.kept(usable)
@@ -328,11 +330,16 @@ class WeightPerturbation:
     @property
     def _is_plain(self) -> bool:
         """Whether T and the mask are one number for each tensor at most."""
-        return not isinstance(self._factors, list) and not any(isinstance(mask, Tensor) for mask in self._mask())
+        is_whole = not self._is_masked or not any(isinstance(mask, Tensor) for mask in self._mask())
+        return not isinstance(self._factors, list) and is_whole
 
     def _mask(self) -> list[Tensor | float | None]:
         """What each active parameter's perturbation is still to be multiplied by."""
         return [None if self._is_folded else self._masks[i] for i in self._active]
+
+    @property
+    def _is_masked(self) -> bool:
+        return not self._is_folded and any(mask is not None for mask in self._masks)
 
     def _fold(self) -> None:
         """Multiply T and the mask in; no step can follow."""
@@ -350,7 +357,7 @@ class WeightPerturbation:
         factors = self._moving_factors
         if isinstance(factors, Tensor):
             vector.scale_(factors)
-        if any(mask is not None for mask in self._mask()):
+        if self._is_masked:
             numbers = [1.0 if mask is None else float(mask) for mask in self._mask()]
             vector.scale_(on_device(numbers, vector.tensors[0].device, torch.float64))
         return vector

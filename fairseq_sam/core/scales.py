@@ -50,7 +50,7 @@ def _root(x: Tensor | float) -> Tensor | float:
 
 
 SCALES: dict[str, Scale] = {
-    "one": Scale(lambda s: torch.ones_like(s.weight), weight_based=True),
+    "one": Scale(lambda s: torch.ones_like(torch.as_tensor(s.number))),
     "weight_abs": Scale(lambda s: s.weight + s.eta if s.eta else s.weight, weight_based=True, element_only=True),
     "weight_norm": Scale(lambda s: s.weight, weight_based=True),
     "weight_over_gradient": Scale(lambda s: _divide(s.weight, s.gradient), weight_based=True, gradient_based=True),
@@ -106,7 +106,7 @@ def build_scale(
     Args:
         name: key of ``SCALES``.
         groups: what one group is.
-        weights: the perturbed weights.
+        weights: the perturbed weights; of a scale that is not weight-based only the shapes matter.
         gradients: their gradients, same shapes.
         unit: factor that brings the gradients into the method's unit, > 0.
         eta: ``asam_eta``.

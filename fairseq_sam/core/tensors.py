@@ -41,7 +41,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def dense(gradient: Tensor) -> Tensor:
     """Return a gradient detached, and dense if it is sparse (``nn.Embedding(sparse=True)``)."""
-    return (gradient.to_dense() if gradient.is_sparse else gradient).detach()
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    return gradient.detach() if gradient.requires_grad else gradient
 
 
 def add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
