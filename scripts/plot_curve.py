@@ -3,6 +3,7 @@
 
 plot_curve.py fsam_figure2_roberta_large --out figure2.png                   # over the sampling rate
 plot_curve.py fsam_figure1 --x sam-sparsity --out figure1.pdf                # over a flag of the methods
+plot_curve.py cheaper_imdb --x passes --out cost.png                         # over what the methods cost
 plot_curve.py fsam_figure2_roberta_large --obtained runs/…/obtained.tsv --out figure2.png
 """
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a folder with recipe.yaml, or the name of one in examples")
     parser.add_argument("--size", default="mini", help="mini or paper; default mini")
-    parser.add_argument("--x", help="option of the columns, or flag of the methods, to draw over; default rate")
+    parser.add_argument("--x", help="option of the columns, flag of the methods, or passes, to draw over; default rate")
     parser.add_argument("--obtained", type=Path, help="file of runs; default obtained.tsv in the recipe's folder")
     parser.add_argument("--out", type=Path, required=True, help="file to write: .png, .pdf or .svg")
     args = parser.parse_args()

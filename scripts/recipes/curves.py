@@ -1,4 +1,4 @@
-"""Curves of obtained scores over what columns or methods differ in: a sampling rate, a sparse ratio."""
+"""Obtained scores over what columns or methods differ in: a sampling rate, a sparse ratio, their cost."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from scripts.recipes.recipe import Metric, Recipe, RecipeError
 from scripts.recipes.tables import Row, table_rows
 
 RATE = "rate"
-LABELS = {RATE: "training data (%)"}
+PASSES = "passes"
+LABELS = {RATE: "training data (%)", PASSES: "forward-backward passes per update"}
 
 
 class Point(NamedTuple):
@@ -62,15 +63,19 @@ def panels(recipes: Sequence[Recipe], obtained: Path, x: str | None = None) -> l
         obtained: file of runs.
         x: an option by which columns differ, such as ``rate``: a plot for each task and score, with a curve for each
             method. Or a flag by which methods differ, such as ``sam-sparsity``: a plot for each column, with a curve
-            through the methods that have the flag. Default ``rate``.
+            through the methods that have the flag. Or ``passes``: a plot for each column, with a point for each method
+            over what it costs. Default ``rate``.
 
     Raises:
         RecipeError: if neither columns nor methods have it, or there are no scores.
     """
     x = x or RATE
     of_columns = all(x in recipe.options for recipe in recipes)
-    if not of_columns and not any(x in flags for recipe in recipes for flags in recipe.methods.values()):
-        raise RecipeError(f"--x must be an option of the columns or a flag of some methods of the recipe, got {x!r}")
+    of_methods = x == PASSES or any(x in flags for recipe in recipes for flags in recipe.methods.values())
+    if not (of_columns or of_methods):
+        raise RecipeError(
+            f"--x must be an option of the columns or a flag of some methods of the recipe, or passes, got {x!r}"
+        )
     found: dict[str, Panel] = {}
     for recipe in recipes:
         task = column_without_rate(recipe) if of_columns else recipe.column
@@ -80,6 +85,8 @@ def panels(recipes: Sequence[Recipe], obtained: Path, x: str | None = None) -> l
             if of_columns:
                 share = float(recipe.options[x])
                 panel.add(row.method, row, 100.0 * share if x == RATE else share)
+            elif x == PASSES:
+                panel.add(row.method, row, row.passes)
             elif x in flags:
                 panel.add(str(flags["optimizer"]), row, float(flags[x]))
             else:
@@ -118,7 +125,9 @@ def draw(shown: Sequence[Panel], x: str | None, title: str, out: Path) -> None:
         for number, (name, points) in enumerate(panel.curves.items(), start=len(panel.levels)):
             places, means = [point.x for point in points], [point.mean for point in points]
             spread = [0.0 if math.isnan(point.std) else point.std for point in points]
-            axes.plot(places, means, color=f"C{number}", marker="osD^v"[number % 5], label=name)
+            bars = spread if len(points) == 1 else None
+            look = {"color": f"C{number}", "marker": "osD^vPX*"[number % 8], "label": name, "capsize": 3}
+            axes.errorbar(places, means, yerr=bars, **look)
             low, high = ([mean + sign * std for mean, std in zip(means, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(places, low, high, color=f"C{number}", alpha=0.15, lw=0)
         axes.set_title(panel.title)

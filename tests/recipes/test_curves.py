@@ -1,4 +1,4 @@
-"""Curves over a sampling rate and over a flag of the methods."""
+"""Curves over a sampling rate and over a flag of the methods; points over what methods cost."""
 
 import math
 import sys
@@ -17,13 +17,14 @@ def columns(name):
     return [read_recipe(name, "mini", column) for column in column_names(name, "mini")]
 
 
-def write_rows(path, recipes, value, methods=None):
+def write_rows(path, recipes, value, methods=None, passes=None):
     lines = ["\t".join(COLUMNS)]
     for recipe in recipes:
         for method in methods or recipe.methods:
             for seed, score in SCORES.items():
                 row = dict.fromkeys(COLUMNS, "") | {
-                    "size": "mini", "column": recipe.column, "method": method, "seed": str(seed), "passes": "1",
+                    "size": "mini", "column": recipe.column, "method": method, "seed": str(seed),
+                    "passes": str((passes or {}).get(method, 1)),
                     "metric": recipe.metric.name, "value": str(score + value(recipe, method)), "seconds": "1",
                 }  # fmt: skip
                 lines.append("\t".join(row[column] for column in COLUMNS))
@@ -74,8 +75,20 @@ def test_over_a_flag_of_the_methods(tmp_path):
     assert list(found[0].levels) == ["Adam"] and found[0].levels["Adam"].mean == 80.0
 
 
+def test_over_what_the_methods_cost(tmp_path):
+    """A point for each method, at its mean number of passes."""
+    recipes = columns("cheaper_imdb")
+    passes = {"Baseline": 1.0, "quarter": 1.25}
+    path = write_rows(tmp_path / "obtained.tsv", recipes, lambda recipe, method: 0.0, passes, passes)
+    (panel,) = panels(recipes, path, "passes")
+    assert {name: [point.x for point in points] for name, points in panel.curves.items()} == {
+        name: [number] for name, number in passes.items()
+    }
+    assert not panel.levels
+
+
 def test_nothing_to_draw(tmp_path):
-    with pytest.raises(RecipeError, match="option of the columns or a flag of some methods of the recipe, got 'rates'"):
+    with pytest.raises(RecipeError, match="a flag of some methods of the recipe, or passes, got 'rates'"):
         panels(columns("fsam_figure1"), tmp_path / "none.tsv", "rates")
     with pytest.raises(RecipeError, match=r"none\.tsv has no scores of fsam_figure1 at --size mini; run it first"):
         panels(columns("fsam_figure1"), tmp_path / "none.tsv", "sam-sparsity")
