@@ -1,0 +1,180 @@
+"""The benchmarks: what they time and count, on numbers that are known; one run of each on a tiny model."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fairseq_sam.analysis.tables import read_rows, write_rows
+
+pytest.importorskip("fairseq")
+from benchmarks import growth, measure, memory, models, peers, report, steps, workers
+from benchmarks.models import Model
+
+TINY = Model(models._transformer(16, 32, 2, 1, 60), 6)
+SETTINGS = {"gsam": "--sam-epsilon-min 0.01 --sam-lr-max 1e-3", "fisher_sam": "--sam-fisher-samples 4"}
+# Copies of the weights at the worst moment. With several steps a mean has another one: the perturbation so far.
+COPIES = {
+    "sam": 1, "asam": 1, "layer_sam": 1, "awp": 1, "efficient_sam": 1, "delta_sam": 1, "esam": 1, "random_sam": 1,
+    "model_perturbation": 1, "fisher_sam": 1.25, "ga_sam": 2, "gsam": 2, "multistep_defense": 3, "look_sam": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "tiny", TINY)
+    return "tiny"
+
+
+def test_seconds_inside_are_counted_once():
+    """A call inside another counts with it; functions are as before afterwards."""
+    things = SimpleNamespace(outer=lambda: (things.inner(), time.sleep(0.02)), inner=lambda: time.sleep(0.03))
+    outer, inner = things.outer, things.inner
+    with measure.seconds_inside(time.perf_counter, (things, "outer"), (things, "inner")) as inside:
+        things.outer()
+        things.inner()
+        time.sleep(0.05)
+    assert 0.08 <= inside[0] < 0.12
+    assert (things.outer, things.inner) == (outer, inner)
+
+
+def test_methods_of_a_class_are_its_own_again():
+    class Base:
+        def run(self):
+            return 1
+
+    class Child(Base):
+        pass
+
+    with pytest.raises(KeyError), measure.seconds_inside(time.perf_counter, (Child, "run")):
+        assert Child().run() == 1 and "run" in vars(Child)
+        raise KeyError
+    assert "run" not in vars(Child) and Child().run() == 1
+
+
+def test_the_peak_is_that_of_the_worst_moment():
+    def build():
+        kept = torch.zeros(1000)
+
+        def step(number):
+            other = torch.zeros(2000)
+            del other
+            kept.add_(1.0)
+
+        return step
+
+    assert measure.peak_bytes(build, 3, cuda=False) == pytest.approx(3000 * 4, rel=0.02)
+
+
+def test_rounds_end_when_they_have_taken_too_long(monkeypatch):
+    assert [is_warm_up for _, is_warm_up in measure.rounds_of(4, 100.0)] == [True, True, False, False, False, False]
+    assert len(list(measure.rounds_of(10, 0.0))) == measure.WARM_UPS + measure.FEWEST
+    assert measure.ratio([(2.0, 1.0), (9.0, 3.0), (4.0, 1.0)]) == 3.0
+    assert measure.ratio([(2.0, 1.0), (9.0, 3.0), (4.0, 1.0)], is_even=False) == 3.0
+
+
+@pytest.mark.parametrize("method", COPIES)
+def test_memory_is_that_of_the_card(method):
+    """The most that is allocated, activations included, is above the base optimizer's by the copies of the weights."""
+    name, tokens, facts = "Transformer, 1M", 256, {}
+    flags = f"--optimizer {method} {SETTINGS.get(method, '')} --base-optimizer adam"
+    base = memory.peak(name, tokens, "--optimizer adam", "", False, {})
+    own = memory.peak(name, tokens, flags, "", False, facts)
+    assert (own - base) / facts["bytes"] == pytest.approx(COPIES[method], abs=0.06)
+    if method not in ("multistep_defense", "look_sam"):
+        assert facts["copies"] == COPIES[method]
+
+
+def test_a_table_of_steps(tiny, tmp_path):
+    """The floor is counted in the passes of the method; a row that is there is not measured again."""
+    out = tmp_path / "steps.tsv"
+    arguments = ["--models", tiny, "--tokens", "24", "--rounds", "2", "--cpu", "--out", str(out)]
+    steps.main([*arguments, "--methods", "sam", "delta_sam", "fisher_sam", "before the start"])
+    rows = {row["method"]: row for row in read_rows(out)}
+    passes = {name: (float(row["passes"]), float(row["forwards"])) for name, row in rows.items()}
+    assert passes == {"sam": (2, 0), "delta_sam": (2, 3), "fisher_sam": (2, 0), "before the start": (1, 0)}
+    assert all(float(row["over base"]) > 0 and float(row["over floor"]) > 0 for row in rows.values())
+    assert float(rows["fisher_sam"]["refresh"]) > 0 and not rows["sam"]["refresh"]
+    before = out.read_text()
+    steps.main([*arguments, "--methods", "sam"])
+    assert out.read_text() == before
+
+
+def test_a_table_of_peers(tiny, tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    peers.main(["--models", tiny, "--tokens", "24", "--rounds", "1", "--cpu", "--out", str(tmp_path / "peers.tsv")])
+    rows = read_rows(tmp_path / "peers.tsv")
+    assert [row["peer"] for row in rows] == list(peers.PAIRS)
+    assert all(float(row["peer over ours"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_table_of_growth(monkeypatch, tmp_path):
+    for name, value in (("TENSORS", [4, 8]), ("NUMBERS", 64), ("TOKENS", [12, 24]), ("STEPS", [1, 2])):
+        monkeypatch.setattr(growth, name, value)
+    monkeypatch.setitem(models.MODELS, "Transformer, 5M", TINY)
+    monkeypatch.setitem(models.MODELS, "Transformer, 1M", TINY)
+    out = tmp_path / "growth.tsv"
+    words = ["--cpu", "--rounds", "1", "--models", "Transformer, 1M", "Transformer, 5M", "--out", str(out)]
+    growth.main([*words, "--axes", "parameters", "tokens", "K", "tensors"])
+    rows = read_rows(out)
+    assert [row["axis"] for row in rows] == ["parameters"] * 2 + ["tokens"] * 2 + ["K"] * 2 + ["tensors"] * 2
+    assert all(float(row["step (s)"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_workers_are_timed_together(monkeypatch):
+    plain, sam = workers.seconds_of_workers(2, 1, False, "--optimizer adam", "--optimizer sam")
+    assert 0 < plain < sam
+
+
+def test_slopes():
+    """Of logarithms; of the numbers themselves over K."""
+    rows = [
+        *({"axis": "tokens", "value": str(n), "step (s)": f"{0.5 * n**1.5}"} for n in (10, 100, 1000)),
+        *({"axis": "K", "value": str(k), "step over pass": f"{1.0 + k}"} for k in (1, 2, 3)),
+    ]
+    assert growth.slope(rows, "tokens", "step (s)") == pytest.approx(1.5)
+    assert growth.slope(rows, "K", "step over pass") == pytest.approx(1.0)
+    assert growth.slope(rows, "tokens", "own (s)") is None
+
+
+def test_what_misses_its_target_is_named(tmp_path):
+    """Marked in the table and listed below it, if the target is one of the row."""
+    columns = ("tokens", "method", "forwards", "step (s)", "over base", "over floor", "beside")
+    values = [
+        ("4000", "sam", "0", "2", "2", "1.0104", "0.01"),
+        ("4000", "asam", "0", "2", "2", "1.02", "0.03"),
+        ("512", "sam", "0", "2", "2", "1.09", "0.03"),
+        ("4000", "delta_sam", "3", "2.5", "2.5", "1.04", "0.01"),
+        ("512", "before the start", "0", "1", "1.004", "1", "0"),
+    ]
+    common = {"model": "M", "device": "CPU"}
+    write_rows(tmp_path / "steps.tsv", [{**common, **dict(zip(columns, row, strict=True))} for row in values])
+    write_rows(tmp_path / "peers.tsv", [{**common, "tokens": "512", "peer": "P", "peer over ours": "0.98"}])
+    readme = tmp_path / "README.md"
+    readme.write_text((report.FOLDER / "README.md").read_text())
+    report.main(["--results", str(tmp_path), "--readme", str(readme)])
+    text = readme.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("- M, ")]
+    assert lines == [
+        "- M, 4000, asam: over floor 1.020, target at most 1.010",
+        "- M, 4000, asam: beside 0.030, target at most 0.020",
+        "- M, 4000, delta_sam: over SAM 1.250, target at most 1.200",
+        "- M, 512, P: peer over ours 0.98, target at least 1.00",
+    ]
+    assert text.count("✗") == 5 and "1.020 ✗" in text and "1.010 ✗" not in text
+    report.main(["--results", str(tmp_path), "--readme", str(readme)])
+    assert readme.read_text() == text
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match=r"steps: made by benchmarks/report\.py"):
+        report.main(["--results", str(tmp_path), "--readme", str(readme)])
+
+
+def test_the_tables_are_those_of_the_results(tmp_path):
+    """The committed README is what the command makes of the committed results."""
+    readme = tmp_path / "README.md"
+    readme.write_text((report.FOLDER / "README.md").read_text())
+    report.main(["--readme", str(readme), "--results", str(report.FOLDER / "results")])
+    assert readme.read_text() == (report.FOLDER / "README.md").read_text()
