@@ -38,17 +38,12 @@ from fairseq_sam.analysis.memory import is_out_of_memory
 from fairseq_sam.core.descent import local
 from fairseq_sam.core.embeddings import WordEmbeddings
 from fairseq_sam.core.fisher import SquaredGradients, squared_gradients
-from fairseq_sam.core.perturbation import Measurements
+from fairseq_sam.core.measurements import Measurements
+from fairseq_sam.core.passes import fisher_information, reuse, run_apart, split
 from fairseq_sam.core.space import TABLES, ParameterSpace
-from fairseq_sam.core.step import (
-    SharpnessAwareStep,
-    all_or_nothing,
-    fisher_information,
-    reuse,
-    run_apart,
-    split,
-)
+from fairseq_sam.core.step import SharpnessAwareStep
 from fairseq_sam.core.tensors import Gradients, add_all, wide_dtype
+from fairseq_sam.core.undo import all_or_nothing
 
 logger = logging.getLogger(__name__)
 
