@@ -1,4 +1,4 @@
-"""What stands in for ``task.train_step`` while an update runs; the task's own is a black box, run once for each pass."""
+"""What stands in for ``task.train_step`` while an update runs; the task's own is a black box, run once a pass."""
 
 import functools
 import logging
