@@ -12,10 +12,11 @@ from fairseq_sam.core.batch import Batch
 from fairseq_sam.core.embeddings import WordEmbeddings
 from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import Method
+from fairseq_sam.core.passes import fisher_information, run_apart, split
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.step import AscentGradient, SharpnessAwareStep, fisher_information, run_apart, split
-from fairseq_sam.core.tensors import Gradients
+from fairseq_sam.core.step import AscentGradient, SharpnessAwareStep
+from fairseq_sam.core.tensors import Gradients, copies, copy_
 
 # From a radius to the loss at w and at the perturbed weights.
 Probe = Callable[[float], tuple[float, float]]
@@ -241,14 +242,13 @@ def probe_of(
     """
 
     def probe(epsilon: float) -> tuple[float, float]:
-        buffers = [buffer.detach().clone() for buffer in space.buffers]
+        buffers = copies(space.buffers)
         random = RandomState(tensor.device for tensor in space.tensors)
         try:
             rows = list(rises(epsilon))
         finally:
             random.restore()
-            for buffer, value in zip(space.buffers, buffers, strict=True):
-                buffer.data.copy_(value)
+            copy_(space.buffers, buffers)
         total = reduce(Rises(*(sum(column) for column in zip(*rows, strict=True))) if rows else Rises(0.0, 0.0, 0.0))
         size = total.sample_size or math.nan
         return total.loss / size, total.perturbed_loss / size

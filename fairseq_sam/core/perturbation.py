@@ -1,17 +1,16 @@
-"""What is moved, and how far: perturbations of weights and of word embeddings."""
+"""What is moved, and how far: a perturbation of the weights."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_sam.core.backup import Backup, Room
-from fairseq_sam.core.embeddings import WordEmbeddings
+from fairseq_sam.core.buckets import Part, at_once, bucketed
 from fairseq_sam.core.groups import Groups
+from fairseq_sam.core.measurements import Measurements, unset
 from fairseq_sam.core.method import Method
 from fairseq_sam.core.norms import vector_norm
 from fairseq_sam.core.random_state import RandomState
@@ -21,61 +20,6 @@ from fairseq_sam.core.space import ParameterSpace
 from fairseq_sam.core.tensors import Flag, Gradients, at_least_float32, dense, kept, known, on_device, wide_dtype
 from fairseq_sam.core.unperturbed import Places, none_runs
 from fairseq_sam.core.vectors import ALL, Ball, Factor, Vector, add_all_scaled
-
-# On a GPU starting work takes longer than adding up a small tensor; on a processor what is in its caches counts.
-BUCKET = 2**26
-CACHED = 2**18  # bytes that a processor moves while they are in its cache
-CACHES = ("cpu",)
-
-# A parameter's number, a tensor and a factor whose product is added to it.
-Part = tuple[int, Tensor, Factor | None]
-
-
-@dataclass
-class Measurements:
-    """What one step measured.
-
-    Attributes:
-        gradient_norm: 2-norm of the ascent gradient ``g_0`` in the method's unit, over all that is perturbed.
-        perturbation_norm: p-norm of the change that the weights underwent for the last pass: in half precision as it
-            is after rounding, else of what was added; for embeddings, the largest of the sentences' norms.
-        num_capped: groups whose T was capped.
-        num_skipped: ascent steps without a usable gradient (zero, infinite or NaN); the perturbation is then 0.
-        num_overflows: those of them whose gradient was infinite or NaN. On a GPU both are tensors.
-        num_passes: forward-backward passes, in passes over the whole batch.
-        num_forwards: forward passes without gradient, in passes over the whole batch.
-        survived: how much of the perturbation the rounding to half precision leaves, from 0 to 1; None in float32.
-        moved_share: share of the batch that `survived` is the mean over.
-    """
-
-    gradient_norm: float | Tensor = 0.0
-    perturbation_norm: float | Tensor = 0.0
-    num_capped: int | Tensor = 0
-    num_skipped: int | Tensor = 0
-    num_overflows: int | Tensor = 0
-    num_passes: float = 0
-    num_forwards: float = 0
-    survived: float | Tensor | None = None
-    moved_share: float = 0
-
-    def add(self, other: "Measurements", share: float) -> None:
-        """Add what another part of the same batch measured.
-
-        Args:
-            other: its measurements.
-            share: which share of the batch it is. Norms are averaged, passes count by their share.
-        """
-        self.gradient_norm = self.gradient_norm + share * other.gradient_norm
-        self.perturbation_norm = self.perturbation_norm + share * other.perturbation_norm
-        self.num_capped = self.num_capped + other.num_capped
-        self.num_skipped = self.num_skipped + other.num_skipped
-        self.num_overflows = self.num_overflows + other.num_overflows
-        self.num_passes += share * other.num_passes
-        self.num_forwards += share * other.num_forwards
-        if other.survived is not None:
-            moved = self.moved_share + share
-            earlier = 0.0 if self.survived is None else self.survived * self.moved_share
-            self.survived, self.moved_share = (earlier + share * other.survived) / moved, moved
 
 
 class WeightPerturbation:
@@ -160,8 +104,8 @@ class WeightPerturbation:
         self._moves = usable
         if usable is False:
             self._transformed = None
-        self.measured.num_skipped = self.measured.num_skipped + _unset(usable)
-        self.measured.num_overflows = self.measured.num_overflows + _unset(known(is_finite))
+        self.measured.num_skipped = self.measured.num_skipped + unset(usable)
+        self.measured.num_overflows = self.measured.num_overflows + unset(known(is_finite))
         return known(is_finite)
 
     @torch.no_grad()
@@ -424,7 +368,7 @@ class WeightPerturbation:
                 moved = round_stochastically(moved, weight.dtype, generators(weight.device))
             place.copy_(moved)
         if plain:
-            add_all_scaled(*zip(*plain, strict=True), at_once=plain[0][0].device.type not in CACHES)
+            add_all_scaled(*zip(*plain, strict=True), at_once=at_once(plain[0][0]))
         self._backup.after_move(indices)
 
     def _generators(self, stream: str) -> Callable[[torch.device], torch.Generator]:
@@ -449,131 +393,3 @@ class WeightPerturbation:
             torch.randn(anchor.shape, dtype=anchor.dtype, device=anchor.device, generator=generators(anchor.device))
             for anchor in anchors
         ]
-
-
-def bucketed(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Put parts together that one call may move: as many as have ``BUCKET`` bytes, on a processor few."""
-    bucket: list[Part] = []
-    size = 0
-    for part in parts:
-        _, value, _ = part
-        bucket.append(part)
-        size += value.numel() * value.element_size()
-        if size >= (CACHED if value.device.type in CACHES else BUCKET):
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
-
-
-def _unset(flag: Flag) -> int | Tensor:
-    """1 where a flag is not set, else 0."""
-    return int(not flag) if isinstance(flag, bool) else (~flag).long()
-
-
-class EmbeddingPerturbation:
-    """A perturbation of word-embedding outputs, one ball for each sentence (FreeLB, Zhu et al. 2020, Algorithm 1).
-
-    Padding never moves. Each side of an encoder-decoder is a sentence of its own.
-
-    Args:
-        method: the method.
-        embeddings: the modules whose outputs are perturbed.
-    """
-
-    def __init__(self, method: Method, embeddings: WordEmbeddings) -> None:
-        self.method = method
-        self.embeddings = embeddings
-        self.measured = Measurements()
-        self._deltas: list[Tensor] = []  # one for each call in a pass, (B, T, C)
-        self._leaves: dict[int, Tensor] = {}  # the same as autograd sees them in the current pass
-        self._random: RandomState | None = None
-
-    @property
-    def moves(self) -> bool:
-        """Whether anything is moved."""
-        return self.method.epsilon > 0
-
-    def begin(self, random: RandomState) -> None:
-        """Start at 0 or at uniform noise, drawn when the first pass shows the shapes."""
-        self.measured = Measurements()
-        self._deltas, self._leaves, self._random = [], {}, random
-
-    @torch.no_grad()
-    def advance(self, gradients: Gradients, unit: float, *, overwrite: bool = False) -> Flag:
-        """Take an ascent step along the gradients that the pass left at the embeddings."""
-        if not self.moves:
-            present = [g for g in gradients if g is not None]
-            return known(torch.isfinite(vector_norm(present, 2.0))) if present else True
-        leaves = [self._leaves[call].grad for call in range(len(self._deltas))] if self._leaves else []
-        ascent = Vector([torch.zeros_like(d) if g is None else g for d, g in zip(self._deltas, leaves, strict=True)])
-        norm = ascent.norm(2.0) * unit if ascent.tensors else torch.zeros(())
-        if not torch.is_tensor(self.measured.gradient_norm):
-            self.measured.gradient_norm = norm
-        is_finite = torch.isfinite(norm)
-        usable = known(is_finite & (norm > 0))
-        self.measured.num_skipped = self.measured.num_skipped + _unset(usable)
-        self.measured.num_overflows = self.measured.num_overflows + _unset(known(is_finite))
-        if usable is False:
-            self._deltas = [torch.zeros_like(delta) for delta in self._deltas]
-            return known(is_finite)
-        deltas = Vector(self._deltas)
-        for vector in (ascent, deltas):
-            if isinstance(usable, Tensor):
-                vector.keep_if_(usable)
-        ball = Ball(self.method.norm, self.method.epsilon, Groups("sentence"))
-        if self.method.step_rule == "steepest":
-            ball.steepest_(ascent).scale_(self.method.eta)
-        else:
-            ascent.scale_(self.method.eta * unit)
-        self._deltas = ball.project_(ascent.add_(deltas)).numbers()
-        return known(is_finite)
-
-    @contextmanager
-    def applied(self, *, final: bool = False) -> Iterator[None]:
-        """Add the perturbation to the embeddings' outputs for one pass."""
-        if not self.moves:
-            yield
-            return
-        self._leaves = {}
-        with self.embeddings.perturbed(self._perturb):
-            yield
-
-    def restore(self) -> None:
-        """Take the perturbation off the embeddings, also after an interrupt; weights are not moved."""
-        self.embeddings.restore()
-        none_runs()
-
-    def call_unperturbed(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the model without the perturbation of its embeddings."""
-        with self.embeddings.paused():
-            return model(*args, **kwargs)
-
-    def measure(self) -> None:
-        """Nothing to do before the pass: the last ascent step knows the perturbation."""
-        if self._deltas:
-            norms = [norm.max() for norm in Groups("sentence").norms(Vector(self._deltas), self.method.norm)]
-            self.measured.perturbation_norm = torch.stack(norms).max()
-
-    def _perturb(self, call: int, is_token: Tensor, output: Tensor) -> Tensor:
-        if call == len(self._deltas):
-            self._deltas.append(self._initial(call, is_token, output))
-        leaf = self._deltas[call].detach().clone().requires_grad_(torch.is_grad_enabled())
-        self._leaves[call] = leaf
-        # The product keeps padding where it is, and its gradient 0.
-        return output + (leaf * is_token).to(output.dtype)
-
-    @torch.no_grad()
-    def _initial(self, call: int, is_token: Tensor, output: Tensor) -> Tensor:
-        """Zero, or uniform noise that fills the ball's cube: ``|x_j| <= epsilon / n^(1/p)`` for n numbers."""
-        dtype = wide_dtype(output.dtype)
-        delta = torch.zeros_like(output, dtype=dtype)
-        if self.method.init == "zero" or self._random is None:
-            return delta
-        generator = self._random.generator(f"init{call}", output.device)
-        delta.uniform_(-1.0, 1.0, generator=generator).mul_(is_token)
-        if self.method.norm == math.inf:
-            return delta.mul_(self.method.epsilon)
-        number = is_token.expand_as(output).flatten(1).sum(1).clamp(min=1).to(dtype)
-        bound = self.method.epsilon / number ** (1.0 / self.method.norm)
-        return delta.mul_(bound.view(-1, *[1] * (output.dim() - 1)))

@@ -8,13 +8,15 @@ from torch import nn
 
 from fairseq_sam.core.batch import Batch, ClosureBatch, Loss, PassResult
 from fairseq_sam.core.embeddings import WordEmbeddings
+from fairseq_sam.core.measurements import Measurements
 from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import Method
-from fairseq_sam.core.perturbation import Measurements
+from fairseq_sam.core.passes import fisher_information, reuse, split
 from fairseq_sam.core.signals import signals_wait
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.step import SharpnessAwareStep, all_or_nothing, fisher_information, reuse, split
+from fairseq_sam.core.step import SharpnessAwareStep
 from fairseq_sam.core.tensors import Gradients, add_all
+from fairseq_sam.core.undo import all_or_nothing
 
 
 class SharpnessAware:

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import accumulate, pairwise
 from typing import Any, Generic
 
 import torch
@@ -14,18 +13,28 @@ from fairseq_sam.core.descent import (
     DESCENTS,
     Descent,
     Reduce,
-    add_component,
     local,
     sharpness_component,
 )
+from fairseq_sam.core.embedding_perturbation import EmbeddingPerturbation
 from fairseq_sam.core.embeddings import WordEmbeddings
-from fairseq_sam.core.fisher import SquaredGradients, squared_gradients
+from fairseq_sam.core.measurements import Measurements
 from fairseq_sam.core.memory import Memory
 from fairseq_sam.core.method import Method
-from fairseq_sam.core.perturbation import EmbeddingPerturbation, Measurements, WeightPerturbation
+from fairseq_sam.core.perturbation import WeightPerturbation
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.space import ParameterSpace
-from fairseq_sam.core.tensors import Gradients, add, add_all, at_least_float32, dense, kept, without_views
+from fairseq_sam.core.tensors import (
+    Gradients,
+    add,
+    add_all,
+    at_least_float32,
+    copies,
+    copy_,
+    dense,
+    kept,
+    without_views,
+)
 from fairseq_sam.core.unperturbed import running
 
 # Given the gradients of an ascent pass and what the pass returned: the gradients to ascend, and their unit factor.
@@ -84,7 +93,7 @@ class SharpnessAwareStep(Generic[Result]):
     def _begin(self) -> None:
         self._random = RandomState((t.device for t in self.space.tensors), f"{self._salt}.{self._num_parts}")
         self._num_parts += 1
-        self._buffers = _clone(self.space.buffers)
+        self._buffers = copies(self.space.buffers)
         self._clean_buffers: list[Tensor] = []  # as the first ascent pass left them; empty without one
         self._descent: Descent = DESCENTS[self.method.descent](self.method)
         self._clean_losses: Tensor | None = None  # of the instances at w, where the descent selects
@@ -114,7 +123,7 @@ class SharpnessAwareStep(Generic[Result]):
             raise
         finally:
             self.space.put_gradients(prior)
-            _copy_(self.space.buffers, self._buffers)
+            copy_(self.space.buffers, self._buffers)
             self._random.restore()
 
     def _ascend(self, batch: Batch[Result], ascent_gradient: AscentGradient[Result]) -> Result | None:
@@ -137,7 +146,7 @@ class SharpnessAwareStep(Generic[Result]):
             # What goes wrong at w must reach the base optimizer and the loss scaler.
             self._descent.observe(gradients, float(result.sample_size), is_finite if k else True)
             if k == 0:
-                self._clean_buffers = _clone(self.space.buffers)
+                self._clean_buffers = copies(self.space.buffers)
         if self.method.ascent == "random":
             self._weights().advance_randomly(self._random)
         if self.method.selects and self._perturbation.moves:  # without a perturbation no loss rises
@@ -198,12 +207,12 @@ class SharpnessAwareStep(Generic[Result]):
         else:
             self._set_masks(masks_of)
         self.measured.num_forwards += share
-        buffers = _clone(self.space.buffers)
+        buffers = copies(self.space.buffers)
         try:
             with torch.no_grad():
                 losses = batch.losses()
         finally:
-            _copy_(self.space.buffers, buffers)
+            copy_(self.space.buffers, buffers)
         return at_least_float32(losses)
 
     def _weights(self) -> WeightPerturbation:
@@ -257,7 +266,7 @@ class SharpnessAwareStep(Generic[Result]):
             self._perturbation.restore()
             _remove(hooks)
             self.space.put_gradients(prior)
-            _copy_(self.space.buffers, self._buffers)
+            copy_(self.space.buffers, self._buffers)
             raise
         self._sample_size += float(result.sample_size)
         if not in_backward:
@@ -266,7 +275,7 @@ class SharpnessAwareStep(Generic[Result]):
             pairs = enumerate(zip(self.space.tensors, prior, strict=True))
             self.space.put_gradients([combine(i, g, None) if t.grad is None else t.grad for i, (t, g) in pairs])
         if self._clean_buffers:
-            _copy_(self.space.buffers, self._clean_buffers)
+            copy_(self.space.buffers, self._clean_buffers)
         self.measured.num_passes = self._ascent_passes + share
         return result
 
@@ -322,109 +331,6 @@ class SharpnessAwareStep(Generic[Result]):
         self._memory.add_component(self.space, component)
 
 
-def fisher_information(
-    space: ParameterSpace, batch: Batch[Any], number: int, unit: float, salt: str = ""
-) -> SquaredGradients:
-    """Sum squared gradients of single instances, chosen at random; everything else is as before afterwards.
-
-    Args:
-        space: the trained parameters.
-        batch: the instances to choose from.
-        number: how many, at most all.
-        unit: see ``fisher.squared_gradients``.
-        salt: names this choice among those of a run.
-    """
-    random = RandomState((t.device for t in space.tensors), salt)
-    prior, buffers = space.take_gradients(), _clone(space.buffers)
-    chosen = torch.randperm(len(batch), generator=random.generator("fisher"))[:number].sort().values.tolist()
-    try:
-        return squared_gradients((batch.select([i]) for i in chosen), space, unit)
-    finally:
-        space.put_gradients(prior)
-        _copy_(space.buffers, buffers)
-        random.restore()
-
-
-def reuse(
-    method: Method,
-    space: ParameterSpace,
-    memory: Memory,
-    batch: Batch[Result],
-    *,
-    finish: bool = True,
-    shared: bool = False,
-    reduce: Reduce = local,
-    num_workers: int = 1,
-) -> Result:
-    """Run one plain pass and add the sharpness component that the memory holds to its gradient.
-
-    Args:
-        method: the method, with `between` ``reuse``.
-        space: the trained parameters.
-        memory: holds the component of the last sharpness-aware update.
-        batch: one micro-batch.
-        finish: see ``SharpnessAwareStep.descend``, as for `shared` and `reduce`.
-        shared: the component is added once, to the gradient of the whole update.
-        reduce: sums a gradient over the workers that share it.
-        num_workers: how many they are.
-
-    Returns:
-        What the pass returned.
-    """
-    result, prior, gradients = run_apart(space, batch)
-    if shared:
-        gradients, prior = add_all(prior, gradients), [None] * len(prior)
-    if finish or not shared:
-        alpha = float(method.look_alpha or 0.0)
-        gradients = add_component(gradients, memory.component_of(space), alpha, reduce, num_workers)
-    space.put_gradients(add_all(prior, gradients))
-    return result
-
-
-def run_apart(space: ParameterSpace, batch: Batch[Result]) -> tuple[Result, Gradients, Gradients]:
-    """Run one pass whose gradient is not added to what the parameters hold; after an error they hold it again.
-
-    Args:
-        space: the trained parameters; after the pass they hold no gradients.
-        batch: one micro-batch.
-
-    Returns:
-        What the pass returned, the gradients before it, its own.
-    """
-    prior = space.take_gradients()
-    try:
-        result = batch.run()
-    except BaseException:
-        space.put_gradients(prior)
-        raise
-    return result, prior, space.take_gradients()
-
-
-@contextmanager
-def all_or_nothing(tensors: Sequence[Tensor], buffers: Sequence[Tensor], *holders: object) -> Iterator[None]:
-    """Put everything back as it was when anything is raised inside.
-
-    Args:
-        tensors: parameters whose ``grad`` is put back, by reference.
-        buffers: what is copied back.
-        holders: objects whose attributes are put back, by reference.
-    """
-    gradients = [tensor.grad for tensor in tensors]
-    values = _clone(buffers)
-    attributes = [dict(vars(holder)) for holder in holders]
-    try:
-        yield
-    except GeneratorExit:  # an interrupt came after the block's end; Python closes this later, when all is done
-        raise
-    except BaseException:
-        for tensor, gradient in zip(tensors, gradients, strict=True):
-            tensor.grad = gradient
-        _copy_(buffers, values)
-        for holder, before in zip(holders, attributes, strict=True):
-            vars(holder).update(before)
-        raise
-
-
 @contextmanager
 def _gradient_hooks(
     tensors: Sequence[Tensor],
@@ -455,32 +361,3 @@ def _gradient_hooks(
 def _remove(hooks: Sequence[Any]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-def split(method: Method, batch: Batch[Result]) -> list[tuple[Batch[Result], float]]:
-    """Cut a batch into the parts that have a perturbation each, and which share of the batch each is.
-
-    The first parts are larger by one instance where the number does not divide. Without a perturbation there is one.
-
-    Args:
-        method: the method.
-        batch: a micro-batch.
-    """
-    if method.epsilon == 0 or (method.m == 1 and method.ascent != "instance"):
-        return [(batch, 1)]  # without asking for its length: not every batch has one
-    number = len(batch) if method.ascent == "instance" else min(method.m, len(batch))
-    if number == 1:
-        return [(batch, 1)]
-    ends = [len(batch) * part // number for part in range(number + 1)]
-    sizes = sorted((end - start for start, end in pairwise(ends)), reverse=True)
-    starts = [0, *accumulate(sizes)]
-    return [(batch.select(range(start, end)), (end - start) / len(batch)) for start, end in pairwise(starts)]
-
-
-def _clone(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def _copy_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.data.copy_(value)

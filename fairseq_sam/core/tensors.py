@@ -74,3 +74,14 @@ def without_views(gradients: Gradients) -> Gradients:
 def is_own(gradient: Tensor, other: Tensor) -> bool:
     """Whether a gradient has memory of its own that a result with the other fits into."""
     return not (gradient.is_sparse or other.is_sparse or gradient._is_view()) and gradient.dtype == other.dtype
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of tensors."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def copy_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Overwrite tensors."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.data.copy_(value)

@@ -9,7 +9,7 @@ from fairseq.logging import metrics
 from fairseq_sam import PRESETS
 from fairseq_sam.adapter.optimizers import unwrap
 from fairseq_sam.adapter.slicing import UnsliceableBatchError
-from fairseq_sam.core.perturbation import EmbeddingPerturbation
+from fairseq_sam.core.embedding_perturbation import EmbeddingPerturbation
 from tests.adapter import runs
 from tests.adapter.test_slicing import CASES
 from tests.adapter.test_tasks import data_of  # noqa: F401

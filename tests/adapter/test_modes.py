@@ -13,7 +13,7 @@ from fairseq_sam import PRESETS, InstanceBatch, SharpnessAware
 from fairseq_sam.adapter.config import check_config
 from fairseq_sam.adapter.embeddings import word_embeddings
 from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer, unwrap
-from fairseq_sam.adapter.seam import _loss_scale
+from fairseq_sam.adapter.precision import loss_scale
 from fairseq_sam.core.method import TENSOR_GRANULARITIES
 from fairseq_sam.core.random_state import RandomState
 from tests.adapter import runs
@@ -241,7 +241,7 @@ def test_the_loss_scaler_learns_once(translation_data, monkeypatch, mode, scope,
     monkeypatch.setattr(task, "train_step", train_step)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train_step(stepped.batches[:2])
-    assert _loss_scale(trainer.optimizer) == 32.0
+    assert loss_scale(trainer.optimizer) == 32.0
     optimizer = unwrap(trainer.optimizer)
     if mode == "amp":  # tries the batch again at once
         assert trainer.get_num_updates() == 1 and len(calls) == 2 * num_passes
@@ -251,7 +251,7 @@ def test_the_loss_scaler_learns_once(translation_data, monkeypatch, mode, scope,
         assert runs.same_bits(before, {name: p.detach() for name, p in trainer.model.named_parameters()})
     assert optimizer.num_skipped == (0 if failing == "last pass" else steps * (2 if scope == "microbatch" else 1))
     trainer.train_step(stepped.batches[:2])
-    assert _loss_scale(trainer.optimizer) == 32.0 and trainer.get_num_updates() == 1
+    assert loss_scale(trainer.optimizer) == 32.0 and trainer.get_num_updates() == 1
 
 
 # -- accumulation, clipping, averages, memory --------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from fairseq.logging import metrics
 
 from fairseq_sam import PRESETS
 from fairseq_sam.adapter.optimizers import unwrap
-from fairseq_sam.adapter.seam import _loss_scale, _master_weights
+from fairseq_sam.adapter.precision import loss_scale, master_weights
 from fairseq_sam.core.method import TENSOR_GRANULARITIES
 from tests.adapter import runs
 
@@ -46,7 +46,7 @@ def test_the_gradient_is_unscaled_for_the_scale(translation_data, mode):
             translation_data, *runs.TRANSLATION, *ON_CPU[mode], "--fp16-init-scale", scale, "--optimizer", "ga_sam",
             "--sam-norm", "linf", "--dropout", "0",
         )  # fmt: skip
-        assert _loss_scale(trainer.optimizer) == float(scale)
+        assert loss_scale(trainer.optimizer) == float(scale)
         with metrics.aggregate(new_root=True) as logged:
             trainer.train_step(batches[:1])
         norms.append(logged.get_smoothed_values()["sam_gnorm"])
@@ -100,7 +100,7 @@ def test_masters_belong_to_their_parameters(translation_data):
     trainer, _ = runs.build_trainer(translation_data, *runs.TRANSLATION, *ON_CPU["fp16 not flat"], "--optimizer", "sam")
     assert unwrap(trainer.optimizer) is trainer.optimizer.fp32_optimizer
     tensors = list(trainer.model.parameters())
-    masters = _master_weights(trainer.optimizer, tensors)
+    masters = master_weights(trainer.optimizer, tensors)
     assert len(masters) == len(tensors)
     for master, tensor in zip(masters, tensors, strict=True):
         assert master.dtype == torch.float32 and torch.equal(master.half(), tensor.detach())
@@ -113,7 +113,7 @@ def test_flat_masters_are_cut_in_the_parameters_order():
     holder.fp16_params = [torch.nn.Parameter(torch.full((2, 3), 1.0)), torch.nn.Parameter(torch.full((4,), 2.0))]
     flat = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) + 0.25 for p in holder.fp16_params]))
     holder.fp32_params = {0: flat}
-    masters = _master_weights(holder, list(reversed(holder.fp16_params)))
+    masters = master_weights(holder, list(reversed(holder.fp16_params)))
     assert [m.shape for m in masters] == [(4,), (2, 3)]
     assert (masters[0] == 2.25).all() and (masters[1] == 1.25).all()
 
@@ -145,7 +145,7 @@ def test_every_preset_trains_in_half_precision(translation_data, mode, preset):
     epsilon = ["--sam-epsilon", "0.5"] if preset not in ("layer_sam", "ga_sam", "multistep_defense", "freelb") else []
     _, plain = states(translation_data, ON_CPU[mode], "--optimizer", "adam")
     trainer, found = states(translation_data, ON_CPU[mode], "--optimizer", preset, *few, *epsilon)
-    assert _loss_scale(trainer.optimizer) == 4.0 and unwrap(trainer.optimizer).num_skipped == 0
+    assert loss_scale(trainer.optimizer) == 4.0 and unwrap(trainer.optimizer).num_skipped == 0
     assert all(w.dtype == torch.float16 and torch.isfinite(w).all() for w in found.values())
     assert not runs.same_bits(plain, found)
 

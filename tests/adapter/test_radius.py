@@ -225,7 +225,7 @@ def test_the_passes_of_the_search_are_counted(translation_data, monkeypatch):
 
         return made
 
-    monkeypatch.setattr(seam, "probe_of", counting(seam.probe_of))
+    monkeypatch.setattr(train_step, "probe_of", counting(train_step.probe_of))
     trainer, batches = runs.build_trainer(
         translation_data, *FLAGS, "--optimizer", "ga_sam", "--sam-epsilon", AUTO, "--sam-steps", "2"
     )

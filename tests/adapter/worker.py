@@ -17,7 +17,7 @@ import torch.distributed as dist
 from fairseq.logging import metrics
 
 import fairseq_sam  # noqa: F401
-from fairseq_sam.adapter import seam
+from fairseq_sam.adapter import workers
 from fairseq_sam.adapter.optimizers import unwrap
 from fairseq_sam.adapter.workers import torch_ddp
 from fairseq_sam.core.perturbation import WeightPerturbation
@@ -70,8 +70,8 @@ def statuses(children: list[int], limit: float) -> list[int]:
 
 def work(rank: str, port: str, data: str, out: str, backend: str, cases: str, failures: str) -> None:
     reductions, collectives = [], []
-    all_reduce = seam._all_reduce
-    seam._all_reduce = lambda *args: reductions.append(1) or all_reduce(*args)
+    all_reduce = workers.all_reduce
+    workers.all_reduce = lambda *args: reductions.append(1) or all_reduce(*args)
     for name in ("all_reduce", "all_gather", "broadcast", "reduce"):
         original = getattr(dist, name)
         setattr(dist, name, lambda *a, _original=original, **k: collectives.append(1) or _original(*a, **k))
@@ -129,7 +129,7 @@ def run_out_of_memory(trainer, failing: set[int | str]) -> None:
 
     task.train_step = train_step
     if "reduction" in failing:
-        seam._all_reduce = out_of_memory
+        workers.all_reduce = out_of_memory
     if "step" in failing:
         WeightPerturbation._step_ = out_of_memory
 

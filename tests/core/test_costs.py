@@ -7,7 +7,7 @@ import torch
 
 from fairseq_sam import PRESETS, InstanceBatch, SharpnessAware
 from fairseq_sam.__main__ import cost, main, settings, table
-from fairseq_sam.core import perturbation, tensors
+from fairseq_sam.core import buckets, tensors
 from tests.core.models import SETTINGS, batch, feed, mlp, model_for
 
 PRESET = pytest.mark.parametrize("preset", PRESETS)
@@ -61,7 +61,7 @@ def test_copies_are_those_of_the_card(monkeypatch, name, preset, options, on_a_g
     """
     if on_a_gpu:
         monkeypatch.setattr(tensors, "READABLE", ())
-        monkeypatch.setattr(perturbation, "CACHES", ())
+        monkeypatch.setattr(buckets, "CACHES", ())
     model, data = model_for(preset, torch.float32), batch(0, dtype=torch.float32)
     model.register_parameter("large", torch.nn.Parameter(torch.ones(300, 200)))
     size = sum(p.numel() for p in model.parameters()) * 4

@@ -111,7 +111,7 @@ def test_bytecodes_of_a_step(preset, error):
 def test_every_moment_of_a_move_and_a_restore(error):
     """Every bytecode that moves weights or copies them back, in all passes of a step."""
     outcomes = Outcomes("ga_sam", "opcode", rounding="stochastic")
-    files = ("perturbation.py", "backup.py")
+    files = ("perturbation.py", "backup.py", "buckets.py")
     moved = [n for n, (file, _) in enumerate(outcomes.places) if file.endswith(files)]
     from fairseq_sam.core.backup import Backup
     from fairseq_sam.core.perturbation import WeightPerturbation as Weights

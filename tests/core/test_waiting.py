@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fairseq_sam import PRESETS, SharpnessAware
-from fairseq_sam.core import perturbation, tensors
+from fairseq_sam.core import buckets, tensors
 from fairseq_sam.core.random_state import RandomState
 from fairseq_sam.core.tensors import kept, known, on_device
 from fairseq_sam.core.vectors import Vector
@@ -59,8 +59,8 @@ def trained(preset, factors, dtype=torch.float64, **options):
 def as_on_a_gpu(monkeypatch):
     """Nothing is read, and several tensors are moved by one call: here up to three matrices."""
     monkeypatch.setattr(tensors, "READABLE", ())
-    monkeypatch.setattr(perturbation, "CACHES", ())
-    monkeypatch.setattr(perturbation, "BUCKET", 300)
+    monkeypatch.setattr(buckets, "CACHES", ())
+    monkeypatch.setattr(buckets, "BUCKET", 300)
 
 
 @pytest.mark.parametrize("mishap", MISHAPS)
