@@ -120,7 +120,7 @@ FLAGS_BY_AXIS: dict[str, tuple[Flag, ...]] = {
         Flag(
             "rounding",
             str,
-            "half-precision weights at w + a: to nearest, or at random, by which small perturbations survive on average",
+            "half-precision weights at w + a: to nearest, or at random: small perturbations survive on average",
         ),
         Flag("scope", str, "one perturbation for each micro-batch of each worker, or one for the whole update"),
     ),

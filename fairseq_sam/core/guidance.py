@@ -10,7 +10,7 @@ WHEN_TO_USE: Mapping[str, str] = {
     "ga_sam": "text models from scratch, CNN, LSTM or Transformer, whose layers have gradients of different strength",
     "efficient_sam": "fine-tuning of large models, where SAM is too slow; its paper gains most on limited data",
     "msam": "a few large batches on one device, perturbed as differently as on many workers",
-    "fisher_sam": "fine-tuning of pretrained models, most of all on limited data: nine weights in ten stay where they are",
+    "fisher_sam": "fine-tuning of pretrained models, most of all on limited data: nine weights in ten stay in place",
     "esam": "to save a part of SAM's second pass, with a criterion that says the losses of single instances",
     "gsam": "schedules whose learning rate changes a lot, which the radius then follows",
     "delta_sam": "fine-tuning on small data, where a few instances are sharper than the rest; in full precision or AMP",

@@ -80,13 +80,14 @@ def verdicts(size: str = "mini") -> list[list[str]]:
         if found:
             recipe = read_recipe(folder, size)
             digits = found[0].digits
+            p_values = [each.p_value for each in found if not math.isnan(each.p_value)]
             table.append([
                 f"[{recipe.paper}](examples/{recipe.name}/README.md)",
                 recipe.title + (f" ({len(found)} columns)" if len(found) > 1 else ""),
                 found[0].method,
                 _range([f"{each.paper:+.{digits}f}" for each in sorted(found, key=lambda each: each.paper)]),
                 _range([f"{each.ours:+.{digits}f}" for each in sorted(found, key=lambda each: each.ours)]),
-                _range([probability(p) for p in sorted(each.p_value for each in found if not math.isnan(each.p_value))]),
+                _range([probability(p_value) for p_value in sorted(p_values)]),
                 _range([str(seeds) for seeds in sorted(each.seeds for each in found)]),
                 _summary([each.verdict for each in found]),
             ])  # fmt: skip
