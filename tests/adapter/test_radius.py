@@ -13,7 +13,7 @@ pytest.importorskip("fairseq")
 from fairseq.logging import metrics
 
 from fairseq_sam import PRESETS, Method
-from fairseq_sam.adapter import radius, seam
+from fairseq_sam.adapter import radius, train_step
 from fairseq_sam.adapter.errors import CheckpointError, ConfigurationError
 from fairseq_sam.adapter.optimizers import AUTO, checked_state, unwrap
 from fairseq_sam.adapter.radius import search, settings_of
