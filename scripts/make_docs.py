@@ -4,8 +4,8 @@
     python -m scripts.make_docs            # writes them
     python -m scripts.make_docs --check    # only says which pages differ, and ends with status 1 if any does
 
-A page has the part between the lines ``<!-- NAME: made by scripts/make_docs.py -->`` and ``<!-- end of NAME -->``; what is
-around them is written by hand. The tables of docs/results.md and of the recipes are scripts/make_table.py's, that of
+A page has the part between the lines ``<!-- NAME: made by scripts/make_docs.py -->`` and ``<!-- end of NAME -->``; what
+is around them is written by hand. The tables of docs/results.md and of the recipes are scripts/make_table.py's, that of
 docs/modes.md is written by the tests.
 """
 
