@@ -8,6 +8,7 @@ import torch
 from fairseq_sam import PRESETS, InstanceBatch, SharpnessAware
 from fairseq_sam.__main__ import cost, main, settings, table
 from fairseq_sam.core import buckets, tensors
+from fairseq_sam.core.guidance import WHEN_TO_USE
 from tests.core.models import SETTINGS, batch, feed, mlp, model_for
 
 PRESET = pytest.mark.parametrize("preset", PRESETS)
@@ -115,6 +116,7 @@ def test_the_list_of_methods(capsys):
     assert main(["ga_sam"]) == 0
     shown = capsys.readouterr().out
     assert all(f in shown for f in ("--sam-scale gradient_strength", "--sam-norm linf", "--sam-epsilon 0.0001"))
+    assert f"when to use it: {WHEN_TO_USE['ga_sam']}\n" in shown
     assert "--sam-interval 5" in settings("look_sam") and "--sam-mask" not in settings("sam")
 
 
