@@ -6,7 +6,7 @@
     python3 user_dir_setup.py setup            makes .venv beside this file and installs everything into it
     python3 user_dir_setup.py check            says which versions are there, what is missing and how to mend it
     python3 user_dir_setup.py demo [ARGS]      set-up, then examples/demo/run.py with ARGS
-    python3 user_dir_setup.py test [ARGS]      set-up, then the tests; without ARGS also lint and type checks
+    python3 user_dir_setup.py test [ARGS]      set-up, then all checks of scripts/check.py; with ARGS, pytest ARGS
 
 A finished set-up is recognised and takes about a second; an interrupted one continues with the same command. Only the
 standard library is needed to start it.
@@ -53,8 +53,8 @@ SHOWN_PACKAGES = (
     "sacremoses", "safetensors", "scikit-learn", "scipy", "sentencepiece", "subword-nmt", "tokenizers",
 )  # fmt: skip
 TEST_PACKAGES = (
-    "curvlinops-for-pytorch", "fairscale", "pytest", "pytest-xdist", "hypothesis", "pytorch_optimizer", "ruff", "mypy",
-    "transformers",
+    "curvlinops-for-pytorch", "fairscale", "mkdocs-material", "pytest", "pytest-xdist", "hypothesis",
+    "pytorch_optimizer", "ruff", "mypy", "transformers",
 )  # fmt: skip
 # curvlinops, whose Hessian tests compare with, asks for backpack, which asks for torchvision, whose newest release
 # replaces torch. None of them is needed for it, so that these come without what they ask for.
@@ -62,7 +62,6 @@ TEST_PACKAGES_ALONE = (
     "curvlinops-for-pytorch>=3", "backpack-for-pytorch>=1.7", "einconv>=0.1", "einops>=0.8", "linear_operator>=0.6",
     "opt_einsum>=3.4", "unfoldNd>=0.2",
 )  # fmt: skip
-ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 
 NUM_STEPS = 6
 SECONDS_BETWEEN_LINES = 20
@@ -689,20 +688,10 @@ def run_demo(options: Options) -> int:
 
 
 def run_test(options: Options) -> int:
-    """The command ``test``: lint, format, types and tests, or only the tests that the arguments name."""
-    environment = set_up(options, extras=("test",))
-    commands = [["pytest", *options.passed_on]]
-    if not options.passed_on:
-        commands = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest", *ON_ALL_CORES]]
-    failed = []
-    for words in commands:
-        print("$ " + " ".join(words), flush=True)
-        status = subprocess.call([str(environment.python), "-m", *words], cwd=str(ROOT))
-        if status != 0:
-            failed.append(f"{' '.join(words)} (exit status {status})")
-    if failed:
-        print("Failed: " + "; ".join(failed))
-    return 1 if failed else 0
+    """The command ``test``: what CI checks, or only the tests that the arguments name."""
+    environment = set_up(options, extras=("docs", "test"))
+    words = ["pytest", *options.passed_on] if options.passed_on else ["scripts.check"]
+    return subprocess.call([str(environment.python), "-m", *words], cwd=str(ROOT))
 
 
 def check_plugin(environment: Environment) -> Dict[str, Any]:

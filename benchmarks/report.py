@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.growth import AXES, EXPECTED, slope  # noqa: E402
 from fairseq_sam.analysis.plots import draw_curves, figure  # noqa: E402
 from fairseq_sam.analysis.tables import read_rows  # noqa: E402
+from scripts.recipes.marks import put_between  # noqa: E402
 from scripts.recipes.tables import markdown  # noqa: E402
 
 FOLDER = ROOT / "benchmarks"
@@ -104,26 +105,14 @@ def main(arguments: Sequence[str]) -> None:
     text = args.readme.read_text(encoding="utf-8")
     for name, (columns, targets) in TABLES.items():
         rows = with_sam(read_rows(args.results / f"{name}.tsv"))
-        text = replaced(text, name, "\n\n".join([table(rows, columns, targets), missed(rows, targets)]).strip())
+        parts = [table(rows, columns, targets), missed(rows, targets)]
+        text = put_between(text, BEGIN.format(name), END, "\n\n".join(parts))
     growth = read_rows(args.results / "growth.tsv")
-    text = replaced(text, "growth", growth_table(growth))
+    text = put_between(text, BEGIN.format("growth"), END, growth_table(growth))
     args.readme.write_text(text, encoding="utf-8")
     if growth:
         draw(growth, args.results / "growth.png")
     print(f"written: {args.readme}")
-
-
-def replaced(text: str, name: str, table: str) -> str:
-    """Put a table between its marks.
-
-    Raises:
-        ValueError: if they are not there.
-    """
-    begin = BEGIN.format(name)
-    if begin not in text or END not in text.split(begin)[1]:
-        raise ValueError(f"expected {begin} and {END} after it in the README")
-    head, rest = text.split(begin, 1)
-    return f"{head}{begin}\n\n{table}\n\n{END}{rest.split(END, 1)[1]}"
 
 
 def with_sam(rows: list[Row]) -> list[Row]:

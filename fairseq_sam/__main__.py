@@ -1,4 +1,4 @@
-"""``python -m fairseq_sam``: the methods, what each costs, a method's settings, and analyses of trained models."""
+"""``python -m fairseq_sam``: the methods, a method's settings, the folder for ``--user-dir``, analyses of models."""
 
 import argparse
 import importlib
@@ -6,8 +6,13 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
+from fairseq_sam._version import __version__
+from fairseq_sam.core.guidance import WHEN_TO_USE
 from fairseq_sam.core.method import PRESETS, SUMMARIES, Method
+
+PATH = "path"
 
 
 def cost(method: Method) -> str:
@@ -37,20 +42,35 @@ def table() -> str:
     return "\n".join([*(line.rstrip() for line in lines), "", note])
 
 
-def settings(name: str) -> str:
-    """Return a preset's row: each flag that differs from SAM's, and those that scale the method.
+def own_settings(name: str) -> dict[str, str]:
+    """Return the flags of a preset's row with their values: those that differ from SAM's, and those that scale it.
 
     Args:
         name: the preset.
     """
     method, plain = PRESETS[name], PRESETS["sam"]
-    lines = [f"{name}: {SUMMARIES[name]}", f"passes {cost(method)}, copies of the weights {method.copies:g}", ""]
+    flags = {}
     for field in fields(Method):
         value = getattr(method, field.name)
         if field.name != "name" and (field.name in ("epsilon", "norm", "steps") or value != getattr(plain, field.name)):
             shown = "linf" if value == math.inf else "l2" if field.name == "norm" and value == 2 else value
-            lines.append(f"  --sam-{field.name.replace('_', '-')} {shown}")
-    return "\n".join(lines)
+            flags[f"--sam-{field.name.replace('_', '-')}"] = str(shown)
+    return flags
+
+
+def settings(name: str) -> str:
+    """Return what a preset is, what it costs, what it is for, and its row.
+
+    Args:
+        name: the preset.
+    """
+    lines = [
+        f"{name}: {SUMMARIES[name]}",
+        f"passes {cost(PRESETS[name])}, copies of the weights {PRESETS[name].copies:g}",
+        f"when to use it: {WHEN_TO_USE[name]}",
+        "",
+    ]
+    return "\n".join(lines + [f"  {flag} {value}" for flag, value in own_settings(name).items()])
 
 
 COMMANDS = {
@@ -66,7 +86,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, or print the methods or the settings of one."""
+    """Run a command, or print the methods, the settings of one, or the folder for ``--user-dir``."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:
         try:
@@ -79,22 +99,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("stopped", file=sys.stderr)
             return 130
     commands = "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items())
+    path = f"  {PATH:<11}print the folder of the installed plugin, for --user-dir"
     parser = argparse.ArgumentParser(
         prog="fairseq-sam",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="List the methods: forward-backward passes of an update, copies of the weights held in the last\n"
         "pass beside model, gradient and base optimizer. Train with:\n"
-        "fairseq-train ... --user-dir fairseq_sam --optimizer METHOD",
-        epilog=f"analyses of trained models, each with --help:\n{commands}",
+        'fairseq-train ... --user-dir "$(fairseq-sam path)" --optimizer METHOD',
+        epilog=f"{path}\n\nanalyses of trained models, each with --help:\n{commands}",
     )
     parser.add_argument("method", nargs="?", metavar="METHOD or COMMAND", help="show a method's settings, or run it")
+    parser.add_argument("--version", action="version", version=f"fairseq_sam {__version__}")
     known, others = parser.parse_known_args(words)
     chosen = known.method
-    if chosen is not None and chosen not in PRESETS:
-        parser.error(f"expected a method ({', '.join(PRESETS)}) or a command ({', '.join(COMMANDS)}), got {chosen!r}")
+    if chosen is not None and chosen not in (*PRESETS, PATH):
+        allowed = f"a method ({', '.join(PRESETS)}) or a command ({', '.join((PATH, *COMMANDS))})"
+        parser.error(f"expected {allowed}, got {chosen!r}")
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    print(settings(chosen) if chosen else table())
+    print(Path(__file__).resolve().parent if chosen == PATH else settings(chosen) if chosen else table())
     return 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.recipes.marks import put_between  # noqa: E402
 from scripts.recipes.obtained import OBTAINED, read_rows  # noqa: E402
 from scripts.recipes.recipe import Metric, RecipeError, column_names, read_recipe, recipe_folders, size_names  # noqa: E402
 from scripts.recipes.shared_rows import share_rows  # noqa: E402
@@ -97,12 +98,12 @@ def table(folder: str | Path, size: str, form: str, obtained: Path | None = None
 def write_readme(folder: Path) -> None:
     """Put the tables of the sizes that were run between the marks of a recipe's README."""
     path = folder / "README.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise RecipeError(f"{path} needs the lines {BEGIN} and {END}, between which the table goes")
     tables = "\n".join(table(folder, size, "markdown") for size in _sizes_run(folder) or ["mini"])
-    path.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}", encoding="utf-8")
+    try:
+        page = put_between(path.read_text(encoding="utf-8"), BEGIN, END, tables)
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    path.write_text(page, encoding="utf-8")
 
 
 def results() -> str:

@@ -8,6 +8,10 @@ import pytest
 from fairseq_sam import PRESETS
 from fairseq_sam import __doc__ as table_of_contents
 from fairseq_sam.__main__ import cost
+from fairseq_sam.core.guidance import WHEN_TO_USE
+from fairseq_sam.core.method import SUMMARIES
+from fairseq_sam.core.scales import SCALES
+from scripts import make_docs
 from tests.core.models import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +22,9 @@ SECTIONS = ("How to use", "Suggested settings", "Details", "Where it does not he
 
 def test_registry_cards_and_test_cases_agree():
     assert set(CARDS) == set(PRESETS) == set(SETTINGS)
+    assert list(SUMMARIES) == list(WHEN_TO_USE) == list(PRESETS)
+    for summary in SUMMARIES.values():
+        assert re.search(r"\S \([A-Z]\w+ et al\. 20\d\d\)$", summary), "what it is, and its paper"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -43,7 +50,7 @@ def test_every_method_is_in_readme_and_table_of_contents():
 
 
 def test_links_point_to_files():
-    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
 
@@ -60,11 +67,59 @@ def test_corpora_of_the_recipes_are_explained():
         assert corpora and corpora <= rows, recipe.parent.name
 
 
+@pytest.mark.parametrize("page", make_docs.pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_generated_parts_are_what_the_command_makes(page):
+    if page.stem == "flags":
+        pytest.importorskip("fairseq", reason="the flags are declared at fairseq's edge")
+    assert page.read_text() == make_docs.made(page), f"{page}: run python -m scripts.make_docs"
+
+
+def test_a_part_that_was_changed_by_hand_is_noticed(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "docs" / "methods" / "asam.md"
+    page.parent.mkdir(parents=True)
+    page.write_text(CARDS["asam"].replace("L2, 0.5, 1", "L2, 0.6, 1"))
+    monkeypatch.setattr(make_docs, "ROOT", tmp_path)
+    monkeypatch.setattr(make_docs, "pages", lambda: [page])
+    assert make_docs.main(["--check"]) == 1 and "0.6" in page.read_text()
+    assert capsys.readouterr().out == "differs: docs/methods/asam.md\n"
+    assert make_docs.main([]) == 0 and page.read_text() == CARDS["asam"]
+    assert make_docs.main(["--check"]) == 0
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match=r"asam\.md: expected the lines <!-- method: made by"):
+        make_docs.main([])
+
+
+def test_the_table_of_methods_has_paper_cost_and_use():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| [`")]
+    assert len(rows) == len(PRESETS)
+    what = "LookSAM: SAM every n-th update, its sharpness component between"
+    price = "2 in 1 of 5 updates, else 1 (mean 1.2) | 3"
+    link = "[`look_sam`](docs/methods/look_sam.md)"
+    assert f"| {link} | {what} | Liu et al. 2022 | {price} | {WHEN_TO_USE['look_sam']} |" in rows
+
+
+@pytest.mark.parametrize(
+    ("axis", "default"),
+    [
+        ("epsilon", "the method's"), ("steps", "the method's"), ("interval", "the method's"), ("gradient", "`mean`"),
+        ("max_scale", "1000"), ("asam_eta", "0"), ("sparsity", "0.9 (`fisher`), 0.5 (`random`)"),
+        ("delta_eta", "1e-4 (`weighted`)"), ("end_epoch", "none"), ("exclude", "none"), ("gradient_log", "none"),
+    ],
+)  # fmt: skip
+def test_defaults_of_axes(axis, default):
+    assert make_docs.default_of(axis) == default
+
+
 def test_every_flag_is_documented():
     pytest.importorskip("fairseq", reason="the flags are declared at fairseq's edge")
+    from fairseq_sam.adapter.help import flags_help
     from fairseq_sam.adapter.optimizers import SAM_FLAGS, base_names
+    from fairseq_sam.analysis.epsilon import FRACTION
 
-    flags = (ROOT / "docs" / "flags.md").read_text()
-    for name, _, _ in SAM_FLAGS:
-        assert f"`--sam-{name.replace('_', '-')}`" in flags
-    assert f"| `--base-optimizer` | {', '.join(base_names())} |" in flags
+    page, shown = (ROOT / "docs" / "flags.md").read_text(), "".join(flags_help().split())
+    for name, _, text in SAM_FLAGS:
+        assert f"| `--sam-{name.replace('_', '-')}` |" in page
+        assert "".join(text.split()) in shown, "the page and the help have one text"
+    assert f"| `--base-optimizer` | {', '.join(base_names())} |" in page
+    assert f"| `--sam-rise` | a number | {FRACTION} |" in page and f">0(default:{FRACTION})" in shown
+    assert all(f"| `{scale}` |" in page for scale in SCALES), "the formulas of T"

@@ -248,7 +248,7 @@ class UpdateBatch:
 def summed_loss(result: Pass | Passes) -> float:
     """Return the sum of the losses of a pass over a micro-batch or an update; 0 of a dummy."""
     passes = list(result.results.values()) if isinstance(result, Passes) else [result]
-    return sum(float(each.loss) for each in passes if float(each.sample_size))
+    return sum(float(torch.as_tensor(each.loss).detach()) for each in passes if float(each.sample_size))
 
 
 def without_counts(result: Pass) -> Pass:

@@ -47,20 +47,30 @@ FLAGS_BY_AXIS: dict[str, tuple[Flag, ...]] = {
             "radius of the perturbation, >= 0 (0: the base optimizer bit for bit), or auto: the radius at which the "
             "perturbation raises the loss by --sam-rise, measured in the first 8 updates that would be sharpness-aware",
         ),
-        Flag("rise", float, "with epsilon auto: wanted rise of the loss, as a fraction of it, > 0 (default: 0.1)"),
+        Flag(
+            "rise",
+            float,
+            f"with --sam-epsilon auto: wanted rise of the loss, as a fraction of it, > 0 (default: {FRACTION:g})",
+        ),
         Flag("norm", str, "norm of the ball: l2, linf or a number > 1"),
         Flag("ball", str, "one ball for the whole model, or one for each group of the granularity"),
-        Flag("epsilon_min", float, "radius at learning rate lr-min, in [0, epsilon]; linear between (GSAM)"),
-        Flag("lr_max", float, "learning rate at which the radius is epsilon (default: the schedule's peak)"),
-        Flag("lr_min", float, "learning rate at which the radius is epsilon-min, >= 0"),
+        Flag("epsilon_min", float, "radius at learning rate --sam-lr-min, in [0, epsilon]; linear between (GSAM)"),
+        Flag(
+            "lr_max",
+            float,
+            "learning rate at which the radius is epsilon, > --sam-lr-min (default: the schedule's peak)",
+        ),
+        Flag("lr_min", float, "learning rate at which the radius is --sam-epsilon-min, >= 0"),
     ),
     "ascent steps": (
-        Flag("steps", int, "number K of ascent steps, >= 1"),
+        Flag("steps", int, "number K of ascent steps, >= 1; an update costs K + 1 passes"),
         Flag("step_size", float, "length of one ascent step, > 0 (default: 1.5 epsilon / K)"),
         Flag(
-            "step_rule", str, "steps of length step-size along the steepest ascent, or of step-size times the gradient"
+            "step_rule",
+            str,
+            "steps of length --sam-step-size along the steepest ascent, or of --sam-step-size times the gradient",
         ),
-        Flag("init", str, "the ascent starts at zero, or at uniform noise in the ball (embeddings only)"),
+        Flag("init", str, "the ascent starts at zero, or at uniform noise in the ball (--sam-where embeddings only)"),
         Flag("dropout", str, "random masks of the ascent passes: those of the last pass, or fresh ones"),
     ),
     "ascent gradient": (
@@ -72,20 +82,28 @@ FLAGS_BY_AXIS: dict[str, tuple[Flag, ...]] = {
         Flag("ascent_fraction", float, "share of the batch that the ascent sees, in (0, 1]"),
         Flag("m", int, "number of parts of the batch, each with its own perturbation, >= 1"),
         Flag("delta_eta", float, "floor of the denominator of delta-SAM's weights, > 0"),
-        Flag("gradient", str, "unit of the gradient that T sees: mean over the sample size, or sum"),
+        Flag(
+            "gradient",
+            str,
+            "unit of the gradient that T sees: per unit of sample size (token, sentence), or as the criterion sums it",
+        ),
     ),
     "scale T": (
-        Flag("scale", str, "diagonal scale operator T; formulas are in docs/flags.md"),
-        Flag("granularity", str, "what one group of T is (sentence: embeddings only)"),
+        Flag("scale", str, "diagonal scale operator T, by which the ball is stretched"),
+        Flag("granularity", str, "what one group of T is (sentence: --sam-where embeddings only)"),
         Flag("asam_eta", float, "added to |w| by the scale weight_abs, >= 0"),
         Flag("max_scale", float, "cap of a gradient-based T, in multiples of its model-wise value, > 0 (inf: no cap)"),
     ),
     "mask": (
         Flag("mask", str, "perturb all weights, those with most Fisher information, or random tensors"),
-        Flag("sparsity", float, "share of weights (fisher) or tensors (random) that is not perturbed, in [0, 1)"),
+        Flag(
+            "sparsity",
+            float,
+            "share of weights (fisher) or tensors (random; 1 - beta) that is not perturbed, in [0, 1)",
+        ),
         Flag("mask_interval", int, "updates between refreshes of the Fisher mask, >= 1"),
         Flag("fisher_samples", int, "instances that the Fisher mask is made from, >= 1"),
-        Flag("exclude", str, "regular expression: parameters with a matching name are not perturbed"),
+        Flag("exclude", str, "regular expression: parameters with a matching name are trained but not perturbed"),
     ),
     "descent gradient": (
         Flag(
@@ -99,14 +117,18 @@ FLAGS_BY_AXIS: dict[str, tuple[Flag, ...]] = {
     ),
     "where": (
         Flag("where", str, "perturb weights, or outputs of the word embeddings"),
-        Flag("rounding", str, "half-precision weights at w + a: rounded to nearest, or up or down at random"),
-        Flag("scope", str, "one perturbation for each micro-batch, or one for the whole update"),
+        Flag(
+            "rounding",
+            str,
+            "half-precision weights at w + a: to nearest, or at random: small perturbations survive on average",
+        ),
+        Flag("scope", str, "one perturbation for each micro-batch of each worker, or one for the whole update"),
     ),
     "when": (
-        Flag("start_epoch", int, "first sharpness-aware epoch, counted from 1; plain steps before it"),
-        Flag("start_update", int, "number of plain updates before the first sharpness-aware one"),
-        Flag("end_epoch", int, "last sharpness-aware epoch; plain steps after it"),
-        Flag("end_update", int, "number of updates after which steps are plain"),
+        Flag("start_epoch", int, "first sharpness-aware epoch, >= 1; plain steps before it"),
+        Flag("start_update", int, "number of plain updates before the first sharpness-aware one, >= 0"),
+        Flag("end_epoch", int, "last sharpness-aware epoch, >= --sam-start-epoch; plain steps after it"),
+        Flag("end_update", int, "number of updates after which steps are plain, > --sam-start-update"),
         Flag("interval", int, "every n-th update is sharpness-aware, >= 1"),
         Flag("between", str, "updates between: plain steps, or with the last sharpness component (LookSAM)"),
         Flag("look_alpha", float, "weight of the reused component, in multiples of the gradient's norm, >= 0"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from fairseq_sam.core.tensors import Gradients
+from fairseq_sam.core.tensors import Gradients, without_views
 
 # Modules whose buffers are never written, such as tables of positions: they need not be copied and put back.
 TABLES: set[type[nn.Module]] = set()
@@ -97,8 +97,8 @@ class ParameterSpace:
         return replace(self, masters=tuple(masters))
 
     def take_gradients(self) -> Gradients:
-        """Take the gradients out of ``p.grad``."""
-        gradients = [tensor.grad for tensor in self.tensors]
+        """Take the gradients out of ``p.grad``; views are copied, since the next backward may write there."""
+        gradients = without_views([tensor.grad for tensor in self.tensors])
         for tensor in self.tensors:
             tensor.grad = None
         return gradients

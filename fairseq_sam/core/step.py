@@ -33,7 +33,6 @@ from fairseq_sam.core.tensors import (
     copy_,
     dense,
     kept,
-    without_views,
 )
 from fairseq_sam.core.unperturbed import running
 
@@ -140,7 +139,7 @@ class SharpnessAwareStep(Generic[Result]):
                 self._perturbation.restore()  # quant-noise overwrites weights in the forward pass
             self._ascent_passes += share
             first = first or [result]
-            gradients = without_views(self.space.take_gradients())
+            gradients = self.space.take_gradients()
             keeps = self.method.needs_clean_gradient  # the descent, which is given them next
             is_finite = self._perturbation.advance(*ascent_gradient(gradients, result), overwrite=not keeps)
             # What goes wrong at w must reach the base optimizer and the loss scaler.

@@ -132,7 +132,7 @@ def cells(rows: Sequence[Row], metric: Metric) -> list[list[str]]:
             row.method,
             _obtained(row, metric.digits),
             "" if is_base else _signed(row.mean - base.mean, metric.digits) + better,
-            _probability(row.p_value),
+            probability(row.p_value),
             str(len(row.values)),
             _number(row.passes, 2),
             _duration(row.seconds),
@@ -198,7 +198,8 @@ def _obtained(row: Row, digits: int) -> str:
     return f"{text} ({lost} of {len(row.values)} diverged)".strip() if lost else text
 
 
-def _probability(value: float) -> str:
+def probability(value: float) -> str:
+    """A p-value with three digits; empty if unknown."""
     return "<0.001" if value < 0.001 else _number(value, 3)
 
 

@@ -1,13 +1,16 @@
 """Passes and parameter copies that are really spent equal what the table of methods, and so the cards, say."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 
+import fairseq_sam
 from fairseq_sam import PRESETS, InstanceBatch, SharpnessAware
 from fairseq_sam.__main__ import cost, main, settings, table
 from fairseq_sam.core import buckets, tensors
+from fairseq_sam.core.guidance import WHEN_TO_USE
 from tests.core.models import SETTINGS, batch, feed, mlp, model_for
 
 PRESET = pytest.mark.parametrize("preset", PRESETS)
@@ -115,13 +118,26 @@ def test_the_list_of_methods(capsys):
     assert main(["ga_sam"]) == 0
     shown = capsys.readouterr().out
     assert all(f in shown for f in ("--sam-scale gradient_strength", "--sam-norm linf", "--sam-epsilon 0.0001"))
+    assert f"when to use it: {WHEN_TO_USE['ga_sam']}\n" in shown
     assert "--sam-interval 5" in settings("look_sam") and "--sam-mask" not in settings("sam")
 
 
 def test_an_unknown_method_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["sma"])
-    assert "ga_sam" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert all(word in message for word in ("ga_sam", "path", "sharpness", "got 'sma'"))
+
+
+def test_folder_and_version(capsys):
+    assert main(["path"]) == 0
+    assert capsys.readouterr().out == f"{Path(fairseq_sam.__file__).resolve().parent}\n"
+    for words, status in ((["--version"], 0), (["path", "there"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == status
+    shown = capsys.readouterr()
+    assert shown.out == f"fairseq_sam {fairseq_sam.__version__}\n" and "unrecognized arguments: there" in shown.err
 
 
 def test_looksam_between_refreshes_is_one_pass():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_sam import PRESETS, SharpnessAware
+from fairseq_sam import PRESETS, InstanceBatch, SharpnessAware
 from fairseq_sam.core.backup import Backup, Room, has_own_memory
 from tests.core.models import SETTINGS, batch, closure_of, flat, mlp
 
@@ -43,6 +43,34 @@ def test_gradients_that_are_views_are_not_overwritten(preset, norm):
 
     found, expected = (updated(preset, closure, norm=norm) for closure in (in_buckets, closure_of))
     assert (flat(found.parameters()) == flat(expected.parameters())).all()
+
+
+@pytest.mark.parametrize("preset", ["sam", "ga_sam", "gsam", "look_sam", "msam", "esam", "fisher_sam"])
+def test_gradients_of_earlier_micro_batches_that_are_views_are_not_overwritten(preset):
+    """Two micro-batches, each of as many passes as it takes, with every gradient in the same memory."""
+
+    def accumulated(in_bucket):
+        torch.manual_seed(1)
+        model = mlp(dtype=torch.float32)
+        bucket = torch.zeros(sum(p.numel() for p in model.parameters()))
+        sam = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), model, method=preset, **SETTINGS[preset])
+
+        def backward(loss):
+            loss.backward()
+            parts = bucket.split([p.numel() for p in model.parameters()])
+            for p, part in zip(model.parameters(), parts, strict=True):
+                p.grad = part.view_as(p).copy_(p.grad) if in_bucket else p.grad
+
+        for number in range(4):
+            data = batch(number, dtype=torch.float32)
+            instances = InstanceBatch(lambda x, y: (model(x) - y).square().mean(1), *data, backward=backward)
+            sam.accumulate(instances if sam.method.needs_instances else lambda part=instances: part.run().loss)
+            if number % 2:
+                sam.apply()
+                sam.zero_grad()
+        return flat(model.parameters())
+
+    assert (accumulated(True) == accumulated(False)).all()
 
 
 @pytest.mark.parametrize("preset", CLOSURES)
