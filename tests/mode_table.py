@@ -53,7 +53,7 @@ FAMILIES = {
     "random direction": ("random_sam",),
     "embeddings": ("freelb",),
 }
-assert sorted(p for family in FAMILIES.values() for p in family) == sorted(PRESETS)
+assert sorted(p for family in FAMILIES.values() for p in family) == sorted(PRESETS), "every preset belongs to one family"
 
 HEADER = """# Training modes
 

@@ -192,6 +192,6 @@ def test_help_lists_methods_and_flags_by_axis():
 def test_the_list_of_methods_from_the_command_line():
     done = subprocess.run([sys.executable, "-m", "fairseq_sam"], capture_output=True, text=True, cwd=runs.ROOT)
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and lines[0].split() == ["method", "passes", "copies"] and len(lines) == 20
+    assert done.returncode == 0 and lines[0].split() == ["method", "passes", "copies"] and len(lines) == len(PRESETS) + 3
     done = subprocess.run([sys.executable, "-m", "fairseq_sam", "sam2"], capture_output=True, text=True, cwd=runs.ROOT)
     assert done.returncode == 2 and "ga_sam" in done.stderr and "Traceback" not in done.stderr
