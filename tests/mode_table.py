@@ -53,7 +53,8 @@ FAMILIES = {
     "random direction": ("random_sam",),
     "embeddings": ("freelb",),
 }
-assert sorted(p for family in FAMILIES.values() for p in family) == sorted(PRESETS)
+IN_FAMILIES = sorted(preset for family in FAMILIES.values() for preset in family)
+assert sorted(PRESETS) == IN_FAMILIES, "every preset belongs to one family"
 
 HEADER = """# Training modes
 

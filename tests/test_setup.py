@@ -491,3 +491,10 @@ def test_probe_reads_a_real_environment(script, tmp_path):
     assert facts.versions["pytest"] == pytest.__version__
     torch = pytest.importorskip("torch")
     assert facts.cuda == torch.version.cuda
+
+
+def test_the_check_looks_for_every_method(script):
+    pytest.importorskip("torch")
+    from fairseq_sam import PRESETS
+
+    assert script.OPTIMIZERS == tuple(PRESETS)

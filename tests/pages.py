@@ -1,0 +1,24 @@
+"""The pages of docs/ that are written by hand, as tests read them."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = ("index", "choosing", "your-command", "checkpoints", "multi-gpu", "plain-pytorch", "adding-a-method",
+         "troubleshooting", "watching", "gallery")  # fmt: skip
+TEXT = {name: (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in PAGES}
+needs_fairseq = pytest.mark.skipif(importlib.util.find_spec("fairseq") is None, reason="fairseq is not installed")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    """Fenced code of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT[name], re.MULTILINE | re.DOTALL)
+
+
+def prose(text: str) -> str:
+    """A page without its fenced code."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
