@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 # Their tests that are not slow need neither fairseq's data nor its trainer.
 FAST_TESTS = ("tests/core", "tests/analysis", "tests/test_docs.py", "tests/test_habits.py", "tests/test_setup.py")
-SITE = "build/site"
 
 
 class Step(NamedTuple):
@@ -41,7 +40,7 @@ STEPS = {
     "types": Step("types, strictly", ("mypy",)),
     "tests": Step("all tests, links of the pages among them", ("pytest", *ON_ALL_CORES)),
     "kills": Step("a run that is killed at random and goes on", ("pytest", "tests/kill_loop.py", "-s")),
-    "docs": Step("the pages; a warning is an error", ("mkdocs", "build", "--strict", "--site-dir", SITE)),
+    "docs": Step("the pages; a warning is an error", ("mkdocs", "build", "--strict")),
     "quick": Step("the tests that are quick", ("pytest", "-m", "not slow", *ON_ALL_CORES, *FAST_TESTS)),
 }
 ALL = ("lint", "format", "types", "tests", "kills", "docs")

@@ -4,14 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
 from scripts import check
+from tests.files import ROOT, repository_files
 
-ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 400
 # Files that are longer, and why each is in one piece.
 LONG = {
@@ -29,19 +28,10 @@ LONG = {
 }
 
 
-def python_files():
-    done = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], capture_output=True, text=True, cwd=ROOT
-    )
-    if done.returncode == 0:
-        return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).exists()]
-    folders = ("benchmarks", "examples", "fairseq_sam", "scripts", "tests")
-    return [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
-
-
 def test_no_file_is_long_without_a_reason():
     """A file that is no longer long has no row: what is said of it would be untrue."""
-    counts = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in python_files()}
+    files = [path for path in repository_files() if path.suffix == ".py"]
+    counts = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files}
     assert len(counts) > 200, "they are found"
     assert {name: count for name, count in counts.items() if count > LONGEST and name not in LONG} == {}
     assert {name: counts.get(name, 0) for name in LONG if counts.get(name, 0) <= LONGEST} == {}

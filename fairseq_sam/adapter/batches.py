@@ -11,7 +11,7 @@ import torch
 from fairseq.optim import AMPOptimizer
 from torch import Tensor
 
-from fairseq_sam.adapter.instance_losses import Captured, capture_output, instance_losses
+from fairseq_sam.adapter.instance_losses import Captured, capture_output, check_sum, instance_losses
 from fairseq_sam.adapter.slicing import COUNTS, Slicer
 from fairseq_sam.analysis.memory import is_out_of_memory
 
@@ -108,11 +108,13 @@ class MicroBatch:
         found: list[Tensor] = []
 
         def backward_from(loss: Tensor, captured: Captured) -> Tensor:
-            with torch.no_grad():
-                found[:] = [self._losses(captured, loss)]
+            with torch.no_grad():  # a task may run backward from parts of the loss: it is compared below
+                found[:] = [self._losses(captured, loss, compares=False)]
             return loss
 
         result = self._run_from(backward_from)
+        if not self._is_dummy:
+            check_sum(self._call.criterion, found[0], result.loss)
         return result, found[0]
 
     def run_weighted(self, weights: Tensor) -> Pass:
@@ -155,12 +157,12 @@ class MicroBatch:
     def _quiet(self) -> "MicroBatch":
         return MicroBatch(self._call, self._sample, self._is_dummy) if self._synchronises else self
 
-    def _losses(self, captured: Captured, loss: Any) -> Tensor:
+    def _losses(self, captured: Captured, loss: Any, compares: bool = True) -> Tensor:
         call = self._call
         device = "cuda" if torch.is_tensor(loss) and loss.is_cuda else "cpu"
         with torch.autocast(device, enabled=isinstance(call.optimizer, AMPOptimizer) and device == "cuda"):
             # A dummy's loss is multiplied by 0 on its way, so there is nothing to compare with.
-            expected = None if self._is_dummy else loss
+            expected = loss if compares and not self._is_dummy else None
             return instance_losses(call.criterion, call.model, captured, self._sample, len(self), expected)
 
 

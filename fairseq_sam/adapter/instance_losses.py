@@ -192,11 +192,23 @@ def instance_losses(
             f"{' without a gradient' if torch.is_tensor(losses) and not losses.requires_grad else ''}"
         )
     if loss is not None:
-        _check_sum(name, losses.detach().sum(), torch.as_tensor(loss).detach().sum())
+        check_sum(criterion, losses, loss)
     return losses
 
 
-def _check_sum(name: str, found: Tensor, expected: Tensor) -> None:
+def check_sum(criterion: Any, losses: Tensor, loss: Any) -> None:
+    """Refuse losses of instances that are not parts of the criterion's loss.
+
+    Args:
+        criterion: the criterion.
+        losses: of the instances.
+        loss: what it returned; one that is not finite is compared with nothing.
+
+    Raises:
+        ValueError: if they do not add up to it.
+    """
+    name = type(criterion).__name__
+    found, expected = losses.detach().sum(), torch.as_tensor(loss).detach().sum()
     coarse = expected.dtype in (torch.float16, torch.bfloat16)
     found, expected = found.double(), expected.to(found.device).double()
     is_close = torch.isclose(found, expected, rtol=2e-2 if coarse else 1e-3, atol=1e-3, equal_nan=True)

@@ -49,6 +49,11 @@ def probe(
     (first, second), _ = outputs(
         checkpoint, folder.path, ("train", subset), FORWARD, batch_size=batch_size, cpu=cpu, progress=progress
     )
+    if not all(math.isfinite(float(each.sum())) for each in (first, second)):
+        raise ValueError(
+            f"the model of {checkpoint} gives features that are no finite numbers; take a checkpoint of before its "
+            "training diverged"
+        )
     found = linear_probe(first, known, second, is_regression=folder.is_regression)
     return {name: METRICS[name](found, wanted, folder.positive) for name in metrics_of(folder)}
 

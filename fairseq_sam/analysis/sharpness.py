@@ -139,7 +139,7 @@ def average_sharpness(
         progress: called after each pass over the data.
 
     Returns:
-        The loss at w, the mean over directions and its standard error (NaN for one direction).
+        The loss at w, the mean over directions and its standard error (NaN for one direction, or an infinite loss).
 
     Raises:
         ValueError: if a value is out of range, or there is no data.
@@ -160,7 +160,8 @@ def average_sharpness(
             move(direction)
             losses.append(objective.loss())
             progress(number + 2, directions + 1)
-    error = statistics.stdev(losses) / math.sqrt(directions) if directions > 1 else math.nan
+    is_known = directions > 1 and all(map(math.isfinite, losses))
+    error = statistics.stdev(losses) / math.sqrt(directions) if is_known else math.nan
     return Sharpness(clean, statistics.fmean(losses), error)
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hessian_eigenthings import LambdaOperator, hutchinson, lanczos, spectral_density
+from hessian_eigenthings import LambdaOperator, hutchinson, spectral_density
+from hessian_eigenthings.algorithms.lanczos import lanczos_tridiagonal
 from torch import Tensor, nn
 
 from fairseq_sam.analysis.corruption import Progress, unseen
@@ -100,6 +101,9 @@ def hessian_eigenvalues(
 ) -> Eigenvalues:
     """Compute the k largest eigenvalues of the Hessian of L, by Lanczos with full reorthogonalisation.
 
+    Of an eigenvalue that is there several times one run finds one; where a run has seen all that it can see, another
+    begins in what is orthogonal to it.
+
     Args:
         objective: L, with weights and data.
         k: how many, from 1 to the number of weights.
@@ -118,10 +122,38 @@ def hessian_eigenvalues(
     number = min(6 * k + 20, objective.size) if steps is None else steps
     _check("steps (--steps)", number, k, objective.size)
     check_lanczos(objective, number, k)
-    found = lanczos(
-        hessian_operator(objective, number, progress), k=k, max_iter=number, reorthogonalize=True, which="LA", seed=seed
+    operator = hessian_operator(objective, number, progress)
+    generator = torch.Generator().manual_seed(seed)
+    basis: list[Tensor] = []
+    values, residuals = (torch.empty(0, dtype=operator.dtype, device=operator.device) for _ in range(2))
+    while len(basis) < number:
+        start = torch.randn(operator.size, dtype=operator.dtype, generator=generator).to(operator.device)
+        found = lanczos_tridiagonal(apart_from(basis, operator), without(basis, start), number - len(basis))
+        ritz, vectors = torch.linalg.eigh(torch.diag(found.alphas) + torch.diag(found.betas, 1), UPLO="U")
+        largest = ritz.max()
+        is_first, is_whole = not basis, found.iterations < number - len(basis)
+        values, residuals = torch.cat([values, ritz]), torch.cat([residuals, vectors[-1].abs() * found.last_beta])
+        order = values.argsort(descending=True)
+        values, residuals, basis = values[order], residuals[order], basis + found.basis
+        if not is_whole or (not is_first and len(values) > k and largest < values[k - 1]):
+            break
+    return Eigenvalues(values[:k], residuals[:k])
+
+
+def without(basis: Sequence[Tensor], vector: Tensor) -> Tensor:
+    """Return the part of a vector that is orthogonal to others, which are so to one another and have length 1."""
+    for each in basis:
+        vector = vector - torch.dot(each, vector) * each
+    return vector
+
+
+def apart_from(basis: Sequence[Tensor], operator: LambdaOperator) -> LambdaOperator:
+    """Return an operator on what is orthogonal to some vectors."""
+    if not basis:
+        return operator
+    return LambdaOperator(
+        lambda vector: without(basis, operator.matvec(vector)), operator.size, operator.device, operator.dtype
     )
-    return Eigenvalues(found.eigenvalues, found.residuals)
 
 
 def fisher_eigenvalues(

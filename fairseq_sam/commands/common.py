@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from fairseq_sam.analysis.memory import is_out_of_memory
+from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands.settings import digest_of_data, digest_of_files, write_settings
 
 PLUGIN = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def model_names(checkpoints: Sequence[Path], names: Sequence[str] | None) -> lis
         return list(names)
     whole = [path.resolve() for path in checkpoints]
     if len(set(whole)) < len(whole):
-        raise ValueError("two checkpoints are the same file; name each once")
+        raise ValueError("two of the files are the same; name each once")
     if len(whole) == 1:
         return [whole[0].parent.name or whole[0].stem]
     stems = [path.with_suffix("") for path in whole]
@@ -72,7 +73,8 @@ class Measured:
         trained: ``Trained``.
         batches: of its data.
         record: what ``COMMAND.json`` says of it.
-        save: writes that.
+        save: writes that, once there is a table.
+        write: writes a table of a name into ``--out``; before the first one those of an earlier run are removed.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Measured:
     batches: list[Any]
     record: dict[str, Any]
     save: Callable[[], Any]
+    write: Callable[[str, Sequence[Mapping[str, Any]]], Any]
 
     def note(self, what: str, batches: list[Any]) -> list[Any]:
         """Let ``COMMAND.json`` tell of further batches, by their number and digest.
@@ -102,13 +105,12 @@ def trained_models(
     """Load the models of a command one after the other; random numbers are for each those of ``--seed``.
 
     Before the first is measured, all others are loaded too, with their data, so that hours are not spent before one
-    that is damaged. The settings are written beside the tables before a model is measured, and after it that it is
-    finished.
+    that is damaged. The settings are written with the first table, and after a model that it is finished.
 
     Args:
         args: of ``parser``.
         tables: which the command writes, and plots: those of an earlier run are refused, or with ``--overwrite``
-            removed when the models are known to be sound.
+            removed when the first is written. Without any, an earlier run is gone on with.
         chosen: the batches of a model; default ``batches_of``.
         options: of ``Trained``.
 
@@ -132,20 +134,32 @@ def trained_models(
         trained, batches = load(models[name])
         check_loss(name, trained, batches[:1])
     records: list[dict[str, Any]] = []
+    has_begun = not tables
+
+    def save() -> None:
+        if has_begun:
+            write_settings(args, records)
+
+    def write(table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        nonlocal has_begun
+        if not has_begun:
+            remove_earlier(args, *tables)
+            has_begun = True
+            save()
+        write_rows(args.out / table, rows)
+
     for name, path in models.items():
         trained, batches = load(path)
         check_loss(name, trained, batches)
-        if not records:
-            remove_earlier(args, *tables)
         records.append({
             "name": name, "checkpoint": path.resolve(), "weights": digest_of_files(path),
             "data": os.path.abspath(trained.data), "finished": False,
         })  # fmt: skip
-        model = Measured(name, trained, batches, records[-1], lambda: write_settings(args, records))
+        model = Measured(name, trained, batches, records[-1], save, write)
         model.note("batches", batches)
         yield model
         records[-1]["finished"] = True
-        write_settings(args, records)
+        save()
 
 
 def import_user_module(path: Path | None) -> None:

@@ -7,7 +7,7 @@ its own. Prints the flags.
 import argparse
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from fairseq_sam.analysis.epsilon import (
     Suggestion,
     suggest_epsilon,
 )
-from fairseq_sam.analysis.plots import draw_curves, figure, save
-from fairseq_sam.analysis.tables import write_rows
+from fairseq_sam.analysis.plots import draw_curves, figure, save, show_names_below
 from fairseq_sam.commands import common, options
 from fairseq_sam.core.method import SUMMARIES, Method
 
@@ -85,35 +84,47 @@ def main(arguments: Sequence[str]) -> None:
             probe = model.trained.probe(model.batches, method, per_update(model.trained))
             first = {"model": model.name, "method": args.method, **shown_axes(method)}
             with common.about(model.name):
-                suggestions[model.name] = search(args, first, probe, rows)
+
+                def found(curve: Sequence[Rise], model: common.Measured = model, first: dict[str, Any] = first) -> None:
+                    suggestions[model.name] = Suggestion(None, args.fraction, tuple(curve))  # as far as it is known
+                    rows[:] = [row for row in rows if row["model"] != model.name]
+                    rows.extend({**first, **columns_of(rise)} for rise in curve)
+                    model.write(table.name, rows)
+
+                suggestions[model.name] = search(args, model.name, probe, found)
     common.written(table, image)
     for name, suggestion in suggestions.items():
         print(f"{name}: {advice(suggestion, args)}")
 
 
-def search(args: argparse.Namespace, own: dict[str, Any], probe: Probe, rows: list[dict[str, Any]]) -> Suggestion:
-    """Search for a model's radius; what was measured is in the table also if the search is interrupted.
+def search(args: argparse.Namespace, name: str, probe: Probe, found: Callable[[Sequence[Rise]], None]) -> Suggestion:
+    """Search for a model's radius.
 
     Args:
         args: of the command.
-        own: the first columns of the model's rows.
+        name: of the model.
         probe: of the model.
-        rows: of the models before, to which its own are added.
+        found: is told after each measurement of all so far, by growing radius.
     """
-    first = len(rows)
+    curve: list[Rise] = []
 
-    def found(rise: Rise) -> None:
-        rows.append({
-            **own, "epsilon": rise.epsilon, "loss": rise.loss, "perturbed loss": rise.perturbed_loss,
-            "relative rise": rise.relative,
-        })  # fmt: skip
-        rows[first:] = sorted(rows[first:], key=lambda row: float(row["epsilon"]))
-        write_rows(args.out / "epsilon.tsv", rows)
+    def add(rise: Rise) -> None:
+        curve.append(rise)
+        curve.sort(key=lambda each: each.epsilon)
+        found(curve)
 
     return suggest_epsilon(
-        probe, fraction=args.fraction, least=args.least, most=args.most, per_decade=args.per_decade, found=found,
-        progress=common.Progress(f"ε of {args.method} on {own['model']}"),
+        probe, fraction=args.fraction, least=args.least, most=args.most, per_decade=args.per_decade, found=add,
+        progress=common.Progress(f"ε of {args.method} on {name}"),
     )  # fmt: skip
+
+
+def columns_of(rise: Rise) -> dict[str, float]:
+    """Return the columns of the table that a measurement fills."""
+    return {
+        "epsilon": rise.epsilon, "loss": rise.loss, "perturbed loss": rise.perturbed_loss,
+        "relative rise": rise.relative,
+    }  # fmt: skip
 
 
 def advice(suggestion: Suggestion, args: argparse.Namespace) -> str:
@@ -158,11 +169,14 @@ def plot(suggestions: dict[str, Suggestion], path: Path, title: str) -> None:
         shown = [rise for rise in suggestion.curve if 0 < rise.relative < float("inf")]
         label = name if suggestion.epsilon is None else f"{name}: ε = {suggestion.epsilon:.2g}"
         curves[label] = [rise.epsilon for rise in shown], [rise.relative for rise in shown]
-    draw_curves(axes, curves, x="radius ε", y="rise of the loss / loss", title="\n".join(textwrap.wrap(title, 60)))
+    draw_curves(
+        axes, curves, x="radius ε", y="rise of the loss / loss", title="\n".join(textwrap.wrap(title, 60)), legend=False
+    )
     axes.set_xscale("log")
     axes.set_yscale("log")
     for number, suggestion in enumerate(suggestions.values()):
         axes.axhline(suggestion.fraction, color="black", linewidth=0.8, linestyle=":")
         if suggestion.epsilon is not None:
             axes.axvline(suggestion.epsilon, color=f"C{number}", linewidth=0.8, linestyle=":")
+    show_names_below(made, [axes])
     save(made, path)

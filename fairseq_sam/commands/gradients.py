@@ -35,7 +35,6 @@ def main(arguments: Sequence[str]) -> None:
     names = common.model_names(logs, args.names)
     common.make_folder(args.out)
     common.refuse_earlier(args, "gradients.tsv", "gradients.png")
-    common.remove_earlier(args, "gradients.tsv", "gradients.png")
     rows: list[dict[str, Any]] = []
     for name, log in zip(names, logs, strict=True):
         gradients = read_gradients(log)
@@ -45,6 +44,7 @@ def main(arguments: Sequence[str]) -> None:
                 for group, norms in found.items()
                 for number, norm in norms.items()
             ]
+    common.remove_earlier(args, "gradients.tsv", "gradients.png")
     write_rows(args.out / "gradients.tsv", rows)
     logged = [
         {"name": name, "log": log.resolve(), "digest": digest_of_files(log), "finished": True}

@@ -7,6 +7,7 @@ plane's two directions are filter-normalised (Li et al. 2018; FSAM Fig. 4). A st
 import argparse
 import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fairseq_sam.analysis.landscape import difference, filter_normalised, landscape, steps
 from fairseq_sam.analysis.objective import Objective
-from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, show_names_below
 from fairseq_sam.analysis.tables import now_and_then, read_rows, write_rows
 from fairseq_sam.commands import common, options
 from fairseq_sam.commands.settings import digest_of_files
@@ -155,7 +156,10 @@ def plot_line(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         curves[name] = [x for x, _ in own], [loss for _, loss in own]
     made, (axes,) = figure()
     x = "place α: −1 before training, 0 after it"
-    draw_curves(axes, curves, x=x, y=f"loss ({BITS})", title="between the weights before and after training")
+    draw_curves(
+        axes, curves, x=x, y=f"loss ({BITS})", title="between the weights before and after training", legend=False
+    )
+    show_names_below(made, [axes])
     save(made, path)
 
 
@@ -172,7 +176,7 @@ def plot_surface(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes[place].contour(xs, ys, grid, levels=levels, colors="black", linewidths=0.4)
         axes[place].plot([0.0], [0.0], "wo", markersize=7, markeredgecolor="black")
         axes[place].plot([0.0], [0.0], "k+", markersize=5)
-        axes[place].set_title(name, parse_math=False)
+        axes[place].set_title("\n".join(textwrap.wrap(name, 32)), parse_math=False)
         axes[place].set_xlabel("first direction (1: the filters' norms)")
         axes[place].set_ylabel("second direction (1: the filters' norms)")
         axes[place].set_aspect("equal")

@@ -11,7 +11,6 @@ from typing import Any
 from fairseq_sam.analysis.corruption import STEPS
 from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_few_ticks, set_log_scale, show_names_below
 from fairseq_sam.analysis.robustness import RADII, Corrupted, robustness
-from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands import common, options
 
 # Scores that are drawn, with the labels of their axes.
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
         for model in common.trained_models(args, table.name, image.name, **options_of):
             for corrupted in measured(args, model):
                 rows.append(row_of(model.name, corrupted))
-                write_rows(table, rows)
+                model.write(table.name, rows)
     common.written(table, image)
 
 

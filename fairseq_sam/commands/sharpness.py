@@ -17,7 +17,6 @@ from fairseq_sam.analysis.sharpness import (
     average_sharpness,
     worst_sharpness,
 )
-from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands import common, options
 from fairseq_sam.core.method import PRESETS
 from fairseq_sam.core.scales import SCALES
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         for model in common.trained_models(args, table.name, image.name):
             for row in measured(args, model):
                 rows.append(row)
-                write_rows(table, rows)
+                model.write(table.name, rows)
     common.written(table, image)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_whole_numbers
+from fairseq_sam.analysis.plots import BITS, draw_curves, figure, save, set_whole_numbers, show_names_below
 from fairseq_sam.analysis.spectrum import (
     TOP,
     Eigenvalues,
@@ -22,7 +22,6 @@ from fairseq_sam.analysis.spectrum import (
     hessian_trace,
     smoothed,
 )
-from fairseq_sam.analysis.tables import write_rows
 from fairseq_sam.commands import common, options
 
 PARTS = ("hessian", "fisher", "trace", "density")
@@ -71,6 +70,8 @@ def main(arguments: Sequence[str]) -> None:
             f"--fisher-top, by default --top, must be at most --instances, {args.instances}, got {args.fisher_top}: "
             "the Fisher information has no more eigenvalues; raise --instances, or leave fisher out of --parts"
         )
+    if args.steps is not None and args.steps < args.top:
+        parser.error(f"--steps must be at least --top, {args.top}, got {args.steps}")
     names, image = ("eigenvalues", "trace", "density"), args.out / "spectrum.png"
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     quadratures: dict[str, Quadrature] = {}
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
                         tables[table] = density_rows(quadratures)
                     else:
                         tables[table] += found
-                    write_rows(args.out / f"{table}.tsv", tables[table])
+                    model.write(f"{table}.tsv", tables[table])
     common.written(*(args.out / f"{table}.tsv" for table, rows in tables.items() if rows), image)
 
 
@@ -172,7 +173,7 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         if matrix == "hessian":
             curves = with_traces(curves, traces)
         title = {"hessian": "Hessian", "fisher": "Fisher information"}[matrix]
-        draw_curves(axes[place], curves, x="rank", y=f"eigenvalue\n(loss in {BITS})", title=title)
+        draw_curves(axes[place], curves, x="rank", y=f"eigenvalue\n(loss in {BITS})", title=title, legend=False)
         others = [row for row in own if row["converged"] == "no"]
         xs, ys = ([row[key] for row in others] for key in ("rank", "eigenvalue"))
         axes[place].plot(xs, ys, "o", markersize=5, markerfacecolor="white", markeredgecolor="black")
@@ -184,7 +185,7 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         width = tables["density"][0]["kernel width"]
         labels = {"x": f"eigenvalue of the Hessian\n(loss in {BITS})", "y": "density (its integral is 1)"}
         title = f"density of all eigenvalues, σ = {width:.2g}"
-        draw_curves(axes[-1], curves, **labels, title=title, marker="")
+        draw_curves(axes[-1], curves, **labels, title=title, marker="", legend=False)
         axes[-1].set_yscale("log")
         axes[-1].set_ylim(1e-8, 10 * max(row["density"] for row in tables["density"]))
     elif traces and not matrices:
@@ -193,6 +194,8 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes[0].bar(places, [row["trace"] for row in tables["trace"]], yerr=errors, color="C0", hatch="//", capsize=3)
         axes[0].set_xticks(places, list(traces), parse_math=False)
         axes[0].set_ylabel(f"trace of the Hessian\n(loss in {BITS})")
+    # Models have the same colours in all panels; the names are those of the one with the traces.
+    show_names_below(made, axes[-1:] if tables["density"] and "hessian" not in matrices else axes[:1])
     save(made, path)
 
 

@@ -50,14 +50,12 @@ def main(arguments: Sequence[str]) -> None:
         }
         for task, folder in folders.items()
     }
-    common.remove_earlier(args, table.name, image.name)
     rows: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
     with common.drawing(lambda: rows and plot(rows, image)):
         for name, checkpoint in models.items():
             own = {"name": name, "checkpoint": checkpoint.resolve(), "weights": digest_of_files(checkpoint)}
             measured.append({**own, "tasks": tasks, "finished": False})
-            write_settings(args, measured)
             for task, folder in folders.items():
                 progress = common.Progress(f"{name} on {task}")
                 with common.about(f"{name}, {task}"):
@@ -65,10 +63,13 @@ def main(arguments: Sequence[str]) -> None:
                         checkpoint, folder, subset=args.subset, batch_size=args.batch_size, cpu=args.cpu,
                         progress=progress,
                     )  # fmt: skip
+                if not rows:
+                    common.remove_earlier(args, table.name, image.name)
                 rows += [
                     {"model": name, "task": task, "metric": metric, "value": value} for metric, value in found.items()
                 ]
                 write_rows(table, rows)
+                write_settings(args, measured)
             measured[-1]["finished"] = True
             write_settings(args, measured)
     print(markdown(rows))

@@ -351,7 +351,7 @@ def test_what_was_measured_before_an_interrupt_is_in_the_table(
     monkeypatch.setattr(common.Progress, "__call__", interrupted)
     assert main([words[0], checkpoints[0], *words[1:], "--out", str(tmp_path)]) == 130
     assert "stopped" in capsys.readouterr().err
-    assert words[0] == "epsilon" or is_plot(tmp_path / f"{words[0]}.png"), "of what was measured"
+    assert is_plot(tmp_path / f"{words[0]}.png"), "of what was measured"
     table = tmp_path / {"spectrum": "eigenvalues.tsv"}.get(words[0], f"{words[0]}.tsv")
     assert len(rows_of(table)) == rows
     (run,) = json.loads((tmp_path / f"{words[0]}.json").read_text())["runs"]
@@ -404,6 +404,31 @@ def test_earlier_tables_stay_until_the_models_are_read(checkpoints, tmp_path, ca
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [
+        ["spectrum", "--parts", "fisher", "--top", "2", "--instances", "100000", "--fisher-top", "99999"],
+        ["robustness", "--attack-subset", "nowhere", "--l2", "0.1", "--linf", "0.001"],
+    ],
+    ids=["spectrum", "robustness"],
+)
+def test_earlier_tables_stay_until_there_are_others(checkpoints, tmp_path, refused):
+    """A command that is refused when its models are read has measured nothing."""
+    parts = ["--parts", "trace", "--samples", "2"] if refused[0] == "spectrum" else ["--l2", "0.1", "--linf", "0.001"]
+    common_words = ["--num-batches", "1", "--out", str(tmp_path)]
+    assert main([refused[0], checkpoints[0], *parts, *common_words]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main([refused[0], checkpoints[0], *refused[1:], *common_words, "--overwrite"]) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_average_sharpness_where_the_loss_overflows(checkpoints, tmp_path):
+    words = ["--kinds", "average", "--directions", "2", "--radii", "0.1", "1e30", "--num-batches", "1"]
+    assert main(["sharpness", checkpoints[0], *words, "--out", str(tmp_path)]) == 0
+    first, second = rows_of(tmp_path / "sharpness.tsv")
+    assert math.isfinite(float(first["sharpness"])) and not math.isfinite(float(second["sharpness"]))
+
+
 @pytest.mark.parametrize("words", [["robustness", "--steps", "2"], ["landscape", "--points", "3"]])
 def test_an_interrupt_before_there_is_anything_to_draw(checkpoints, tmp_path, monkeypatch, capsys, words):
     """After the first row, of which no panel can be made."""
@@ -444,7 +469,7 @@ def test_help(command, capsys):
     [
         (["robustness", "nowhere.pt"], "nowhere.pt, which is no file"),
         (["robustness", "{0}", "--names", "a", "b"], "--names must be 1 different names"),
-        (["robustness", "{0}", "{0}"], "two checkpoints are the same file"),
+        (["robustness", "{0}", "{0}"], "two of the files are the same"),
         (["robustness", "{0}", "--subset", "nothing"], "--subset nothing"),
         (["robustness", "{0}", "--data", "nowhere"], "nowhere"),
         (["robustness", "{0}", "--l2", "-1"], "--l2: must be a finite number > 0, got -1"),

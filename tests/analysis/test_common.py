@@ -46,7 +46,7 @@ def test_bad_names():
         model_names([Path("a.pt"), Path("b.pt")], ["x", "x"])
     with pytest.raises(ValueError, match="--names must be 1 different names"):
         model_names([Path("a.pt")], [" "])
-    with pytest.raises(ValueError, match="two checkpoints are the same file"):
+    with pytest.raises(ValueError, match="two of the files are the same"):
         model_names([Path("x/../a.pt"), Path("a.pt")], None)
 
 

@@ -93,17 +93,26 @@ def spectrum_of(models, *, eigenvalues=True, density=True):
     }  # fmt: skip
 
 
+def names_of(made):
+    """Names in the one legend below the panels."""
+    (legend,) = made.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
 def test_spectrum_shows_traces_and_whole_ranks(saved):
     models = ["_a", "$b$"]
     with_traces = [f"{name}, trace 12.3 ± 0.68" for name in models]
     spectrum.plot(spectrum_of(models), "all.png")
     hessian, density = saved[-1].axes
-    assert [text.get_text() for text in hessian.get_legend().get_texts()] == with_traces
-    assert [text.get_text() for text in density.get_legend().get_texts()] == models
+    assert names_of(saved[-1]) == with_traces and not hessian.get_legend() and not density.get_legend()
     assert all(tick == int(tick) for tick in hessian.get_xticks())
     assert "σ = 0.25" in density.get_title()
     spectrum.plot(spectrum_of(models, eigenvalues=False), "density.png")
-    assert [text.get_text() for text in saved[-1].axes[0].get_legend().get_texts()] == with_traces
+    assert names_of(saved[-1]) == with_traces
+    fisher = spectrum_of(models)
+    fisher["eigenvalues"] = [{**row, "matrix": "fisher"} for row in fisher["eigenvalues"]]
+    spectrum.plot(fisher, "fisher.png")
+    assert names_of(saved[-1]) == with_traces
     spectrum.plot(spectrum_of(models, eigenvalues=False, density=False), "trace.png")
     labels = saved[-1].axes[0].get_xticklabels()
     assert [text.get_text() for text in labels] == models and not any(text.get_parse_math() for text in labels)

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
 from fairseq_sam.analysis.memory import free_bytes
 from fairseq_sam.analysis.objective import Objective
@@ -204,3 +205,26 @@ def test_what_has_not_converged_is_told():
     wrong = (few.values - exact.values).abs() > 0.01 * exact.values.abs()
     assert wrong.any() and not few.converged.all() and not (wrong & few.converged).any()
     assert few.known.tolist() == [bool(few.converged[:rank].all()) for rank in range(1, 13)]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 9, 12])
+def test_eigenvalues_that_are_there_several_times(k):
+    """Squared error of a linear map: each eigenvalue of the inputs' second moments once for each of its outputs."""
+    torch.manual_seed(1)
+    inputs, targets = torch.randn(20, 4, dtype=torch.float64), torch.randn(20, 3, dtype=torch.float64)
+    model = nn.Linear(4, 3, bias=False).double()
+
+    def loss_sum(model, batch):
+        return (model(inputs) - targets).square().sum(), len(inputs)
+
+    found = hessian_eigenvalues(Objective(model, [0], loss_sum), k)
+    moments = torch.linalg.eigvalsh(2.0 * inputs.T @ inputs / len(inputs))
+    expected = moments.repeat_interleave(3).flip(0)[:k]
+    assert found.values.tolist() == pytest.approx(expected.tolist(), rel=1e-9) and found.known.all()
+
+
+def test_all_eigenvalues_of_a_sphere():
+    weights = nn.Module()
+    weights.w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    objective = Objective(weights, [0], lambda model, batch: (model.w.square().sum(), 1.0))
+    assert hessian_eigenvalues(objective, 3).values.tolist() == pytest.approx([2.0, 2.0, 2.0])

@@ -1,10 +1,12 @@
 """Passes and parameter copies that are really spent equal what the table of methods, and so the cards, say."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 
+import fairseq_sam
 from fairseq_sam import PRESETS, InstanceBatch, SharpnessAware
 from fairseq_sam.__main__ import cost, main, settings, table
 from fairseq_sam.core import buckets, tensors
@@ -123,7 +125,19 @@ def test_the_list_of_methods(capsys):
 def test_an_unknown_method_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["sma"])
-    assert "ga_sam" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert all(word in message for word in ("ga_sam", "path", "sharpness", "got 'sma'"))
+
+
+def test_folder_and_version(capsys):
+    assert main(["path"]) == 0
+    assert capsys.readouterr().out == f"{Path(fairseq_sam.__file__).resolve().parent}\n"
+    for words, status in ((["--version"], 0), (["path", "there"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == status
+    shown = capsys.readouterr()
+    assert shown.out == f"fairseq_sam {fairseq_sam.__version__}\n" and "unrecognized arguments: there" in shown.err
 
 
 def test_looksam_between_refreshes_is_one_pass():
