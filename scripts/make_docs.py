@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_sam.__main__ import cost, own_settings
+from fairseq_sam.core.axes import CHOICES, SETTINGS
 from fairseq_sam.core.guidance import WHEN_TO_USE
-from fairseq_sam.core.method import CHOICES, PRESETS, SETTINGS, SUMMARIES, Method
+from fairseq_sam.core.method import PRESETS, SUMMARIES, Method
 from scripts.check import ALL, FAST, STEPS
 from scripts.recipes.marks import put_between
 from scripts.recipes.tables import markdown
@@ -131,7 +132,7 @@ def method_part(name: str) -> str:
 
 def flags_part() -> str:
     """The tables of flags by axis, with the texts of ``fairseq-train --help``."""
-    from fairseq_sam.adapter.optimizers import FLAGS_BY_AXIS, base_names
+    from fairseq_sam.adapter.flags import FLAGS_BY_AXIS, base_names
 
     text = "updates the weights; its own flags (`--adam-betas`, `--momentum`, …) and their defaults are unchanged"
     head = ["values", "default", "what it does"]

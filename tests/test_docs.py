@@ -112,8 +112,8 @@ def test_defaults_of_axes(axis, default):
 
 def test_every_flag_is_documented():
     pytest.importorskip("fairseq", reason="the flags are declared at fairseq's edge")
+    from fairseq_sam.adapter.flags import SAM_FLAGS, base_names
     from fairseq_sam.adapter.help import flags_help
-    from fairseq_sam.adapter.optimizers import SAM_FLAGS, base_names
     from fairseq_sam.analysis.epsilon import FRACTION
 
     page, shown = (ROOT / "docs" / "flags.md").read_text(), "".join(flags_help().split())

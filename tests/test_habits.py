@@ -14,8 +14,6 @@ from tests.files import ROOT, repository_files
 LONGEST = 400
 # Files that are longer, and why each is in one piece.
 LONG = {
-    "fairseq_sam/adapter/optimizers.py": "all flags in one table, and the optimizer that reads them",
-    "fairseq_sam/core/method.py": "one table of axes, presets and contradictions, read side by side",
     "user_dir_setup.py": "runs before anything is installed, so that it can import nothing of ours",
     "tests/adapter/test_analyses.py": "every command on the same two trained models, which take long to make",
     "tests/adapter/test_encoders.py": "conversion and its refusals, on the same small encoders",

@@ -147,7 +147,7 @@ def test_training_commands_are_accepted(name, words):
 def test_the_yaml_is_accepted():
     from fairseq.optim import OPTIMIZER_DATACLASS_REGISTRY
 
-    from fairseq_sam.adapter.optimizers import check_base, method_of, rise_of
+    from fairseq_sam.adapter.choices import check_base, method_of, rise_of
 
     (text,) = blocks("your-command", "yaml")
     section = yaml.safe_load(text)["optimizer"]
@@ -193,7 +193,7 @@ def known_flags() -> set[str]:
     import fairseq
     from torch.distributed.run import get_args_parser
 
-    from fairseq_sam.adapter.optimizers import SAM_FLAGS, base_flags, base_names
+    from fairseq_sam.adapter.flags import SAM_FLAGS, base_flags, base_names
 
     found = {"--strict", "--logdir"} | {f"--sam-{flag.name}" for flag in SAM_FLAGS}
     found |= {f"--{name}" for base in base_names() for name in base_flags(base)} | {"--base-optimizer"}

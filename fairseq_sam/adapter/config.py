@@ -12,11 +12,12 @@ from fairseq.optim import OPTIMIZER_REGISTRY
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from fairseq_sam.adapter.choices import check_base, gradient_log_of, method_of, peak_learning_rate, rise_of
 from fairseq_sam.adapter.errors import ConfigurationError, end
 from fairseq_sam.adapter.instance_losses import check_criterion
-from fairseq_sam.adapter.optimizers import check_base, gradient_log_of, method_of, peak_learning_rate, rise_of
 from fairseq_sam.adapter.regularizers import RegularizedCriterion
-from fairseq_sam.core.method import PRESETS, TENSOR_GRANULARITIES
+from fairseq_sam.core.axes import TENSOR_GRANULARITIES
+from fairseq_sam.core.method import PRESETS
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from fairseq import options
 
-from fairseq_sam.adapter.optimizers import FLAGS_BY_AXIS, Flag
+from fairseq_sam.adapter.flags import FLAGS_BY_AXIS, Flag
 from fairseq_sam.adapter.regularizers import PREDICTIONS
-from fairseq_sam.core.method import CHOICES, PRESETS, SUMMARIES
+from fairseq_sam.core.axes import CHOICES
+from fairseq_sam.core.method import PRESETS, SUMMARIES
 from fairseq_sam.core.regularizers import REGULARIZERS
 
 

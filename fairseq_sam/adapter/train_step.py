@@ -19,9 +19,10 @@ from fairseq_sam.adapter.batches import (
     summed_loss,
     without_counts,
 )
+from fairseq_sam.adapter.choices import peak_learning_rate
 from fairseq_sam.adapter.embeddings import word_embeddings
 from fairseq_sam.adapter.errors import ConfigurationError
-from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer, peak_learning_rate
+from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer
 from fairseq_sam.adapter.precision import loss_scale, master_weights, scaler_of
 from fairseq_sam.adapter.radius import search, settings_of
 from fairseq_sam.adapter.slicing import Slicer

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from fairseq_sam.analysis.objective import Objective
-from fairseq_sam.core.method import PRESETS, Method, parse_norm
+from fairseq_sam.core.axes import parse_norm
+from fairseq_sam.core.method import PRESETS, Method
 from fairseq_sam.core.random_state import RandomState
 
 Progress = Callable[[int, int], None]  # called with how many parts of the work are done, and of how many

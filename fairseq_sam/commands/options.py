@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fairseq_sam.core.method import parse_norm
+from fairseq_sam.core.axes import parse_norm
 
 MOST_SEED = 2**31 - 1
 

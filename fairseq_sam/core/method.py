@@ -1,110 +1,23 @@
 """A method is a choice on each axis; a preset is a row of one table."""
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
+from fairseq_sam.core.axes import (
+    CHOICES,
+    DEFAULT_MAX_SCALE,
+    SETTINGS,
+    check_integer,
+    check_number,
+    check_pattern,
+    flag,
+    parse_norm,
+    resolved,
+)
+from fairseq_sam.core.contradictions import CONTRADICTIONS
 from fairseq_sam.core.scales import SCALES
-
-ASCENTS = ("batch", "weighted", "instance", "random")
-GRANULARITIES = ("element", "filter", "tensor", "layer", "model", "sentence")
-BALLS = ("model", "group")
-STEP_RULES = ("steepest", "gradient")
-MASKS = ("none", "fisher", "random")
-DESCENTS = ("last", "mean", "mean_ascent", "gsam", "sds")
-BETWEENS = ("plain", "reuse")
-PLACES = ("weights", "embeddings")
-STARTS = ("zero", "uniform")
-GRADIENTS = ("mean", "sum")
-SCOPES = ("microbatch", "update")
-DROPOUTS = ("same", "fresh")
-ROUNDINGS = ("nearest", "stochastic")
-
-# Granularities whose groups are cut along tensors; they have no meaning on a flattened parameter vector.
-TENSOR_GRANULARITIES = ("filter", "tensor", "layer")
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "ascent": ASCENTS,
-    "scale": tuple(SCALES),
-    "granularity": GRANULARITIES,
-    "ball": BALLS,
-    "step_rule": STEP_RULES,
-    "mask": MASKS,
-    "descent": DESCENTS,
-    "between": BETWEENS,
-    "where": PLACES,
-    "init": STARTS,
-    "gradient": GRADIENTS,
-    "scope": SCOPES,
-    "dropout": DROPOUTS,
-    "rounding": ROUNDINGS,
-}
-
-
-DEFAULT_MAX_SCALE = 1000.0
-
-
-class Setting(NamedTuple):
-    """A number that only some choices of one axis use.
-
-    Attributes:
-        axis: the axis.
-        defaults: the default for each choice that uses the number.
-        allowed: the allowed values, in words.
-        least: smallest allowed value.
-        most: largest allowed value.
-    """
-
-    axis: str
-    defaults: Mapping[str, float]
-    allowed: str
-    least: float
-    most: float = math.inf
-
-
-TINY, BELOW_ONE = math.ulp(0.0), math.nextafter(1.0, 0.0)  # ends of open intervals
-
-# Defaults: delta_eta, delta-SAM table 5; sparsity (fisher) and mask_interval, FSAM 6.1; sparsity (random) and
-# esam_gamma, Du et al. 2022 (beta and gamma 0.5 in their runs on CIFAR); look_alpha, Liu et al. 2022; fisher_samples
-# and gsam_alpha are ours, the papers at hand give no number for language models.
-SETTINGS: dict[str, Setting] = {
-    "delta_eta": Setting("ascent", {"weighted": 1e-4}, "a finite number > 0", TINY),
-    "sparsity": Setting("mask", {"fisher": 0.9, "random": 0.5}, "a number in [0, 1)", 0.0, BELOW_ONE),
-    "mask_interval": Setting("mask", {"fisher": 100}, "an integer >= 1", 1),
-    "fisher_samples": Setting("mask", {"fisher": 128}, "an integer >= 1", 1),
-    "gsam_alpha": Setting("descent", {"gsam": 0.4}, "a finite number >= 0", 0.0),
-    "esam_gamma": Setting("descent", {"sds": 0.5}, "a number in (0, 1]", TINY, 1.0),
-    "look_alpha": Setting("between", {"reuse": 0.7}, "a finite number >= 0", 0.0),
-}
-
-
-def flag(field: str) -> str:
-    """Name a field as a plain-PyTorch user and a command-line user know it."""
-    return f"{field} (--sam-{field.replace('_', '-')})"
-
-
-def parse_norm(value: str | float) -> float:
-    """Return the order `p` of a norm given as ``l2``, ``linf`` or a number.
-
-    Args:
-        value: ``"l2"``, ``"linf"`` (any case), or a number in (1, inf], also as a string.
-
-    Returns:
-        The order, a float in (1, inf].
-
-    Raises:
-        ValueError: if the value is none of these.
-    """
-    names = {"l2": 2.0, "linf": math.inf}
-    try:
-        order = names[value.lower()] if isinstance(value, str) and value.lower() in names else float(value)
-    except (TypeError, ValueError):
-        order = math.nan
-    if not order > 1.0:
-        raise ValueError(f"{flag('norm')} must be l2, linf or a number > 1, got {value!r}")
-    return order
 
 
 @dataclass(frozen=True)
@@ -220,79 +133,27 @@ class Method:
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"{flag(field)} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
-        self._check_number("epsilon", 0.0, "a finite number >= 0")
-        self._check_number("asam_eta", 0.0, "a finite number >= 0")
-        self._check_number("step_size", 0.0, "a finite number > 0", strict=True)
-        self._check_number("max_scale", 0.0, "a number > 0 (inf: no cap)", strict=True, finite=False)
-        self._check_number("ascent_fraction", 0.0, "a number in (0, 1]", strict=True, most=1.0)
-        self._check_number("epsilon_min", 0.0, f"a number in [0, epsilon = {self.epsilon}]", most=self.epsilon)
-        self._check_number("lr_min", 0.0, "a finite number >= 0")
-        self._check_number("lr_max", self.lr_min, f"a finite number > lr_min = {self.lr_min}", strict=True)
+        check_number("epsilon", self.epsilon, 0.0, "a finite number >= 0")
+        check_number("asam_eta", self.asam_eta, 0.0, "a finite number >= 0")
+        check_number("step_size", self.step_size, 0.0, "a finite number > 0", strict=True)
+        check_number("max_scale", self.max_scale, 0.0, "a number > 0 (inf: no cap)", strict=True, finite=False)
+        check_number("ascent_fraction", self.ascent_fraction, 0.0, "a number in (0, 1]", strict=True, most=1.0)
+        check_number(
+            "epsilon_min", self.epsilon_min, 0.0, f"a number in [0, epsilon = {self.epsilon}]", most=self.epsilon
+        )
+        check_number("lr_min", self.lr_min, 0.0, "a finite number >= 0")
+        check_number("lr_max", self.lr_max, self.lr_min, f"a finite number > lr_min = {self.lr_min}", strict=True)
         for field, least in (("steps", 1), ("start_epoch", 1), ("start_update", 0), ("interval", 1), ("m", 1)):
-            self._check_integer(field, least)
-        self._check_integer("end_epoch", self.start_epoch)
-        self._check_integer("end_update", self.start_update + 1)
-        try:
-            re.compile(self.exclude)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"{flag('exclude')} must be a regular expression, got {self.exclude!r}: {error}"
-            ) from error
+            check_integer(field, getattr(self, field), least)
+        check_integer("end_epoch", self.end_epoch, self.start_epoch)
+        check_integer("end_update", self.end_update, self.start_update + 1)
+        check_pattern("exclude", self.exclude)
         for field, setting in SETTINGS.items():
-            self._resolve(field, setting)
-        if self.asam_eta > 0 and self.scale != "weight_abs":
-            raise ValueError(
-                f"{flag('asam_eta')} is only used by --sam-scale weight_abs, got asam_eta {self.asam_eta} "
-                f"with scale {self.scale!r}; leave it out or change the scale"
-            )
+            value = resolved(field, getattr(self, field), setting, getattr(self, setting.axis))
+            object.__setattr__(self, field, value)
         for refused in CONTRADICTIONS:
             if refused.applies(self):
                 raise ValueError(refused.reason.format(m=self))
-
-    def _check_number(
-        self,
-        field: str,
-        least: float,
-        allowed: str,
-        *,
-        strict: bool = False,
-        finite: bool = True,
-        most: float = math.inf,
-    ) -> None:
-        value = getattr(self, field)
-        if value is None and field in OPTIONAL:
-            return
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (
-            not number
-            or not (value > least if strict else value >= least)
-            or value > most
-            or (finite and math.isinf(value))
-        ):
-            raise ValueError(f"{flag(field)} must be {allowed}, got {value!r}")
-
-    def _check_integer(self, field: str, least: int) -> None:
-        value = getattr(self, field)
-        if value is None and field in OPTIONAL:
-            return
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{flag(field)} must be an integer >= {least}, got {value!r}")
-
-    def _resolve(self, field: str, setting: Setting) -> None:
-        """Give a setting its default, and refuse one that the axis does not use."""
-        value, choice = getattr(self, field), getattr(self, setting.axis)
-        if value is not None and choice not in setting.defaults:
-            users = " or ".join(f"--sam-{setting.axis} {name}" for name in setting.defaults)
-            raise ValueError(
-                f"{flag(field)} is only used by {users}, got {field} {value} with {setting.axis} {choice!r}; "
-                f"leave it out or change {flag(setting.axis)}"
-            )
-        if value is None:
-            object.__setattr__(self, field, setting.defaults.get(choice))
-        elif "integer" in setting.allowed:
-            self._check_integer(field, int(setting.least))
-        else:
-            self._check_number(field, setting.least, setting.allowed, most=setting.most)
 
     @property
     def eta(self) -> float:
@@ -476,126 +337,6 @@ def _implied(preset: Method, given: dict[str, Any]) -> dict[str, Any]:
         if given.get(setting.axis, getattr(preset, setting.axis)) != getattr(preset, setting.axis):
             implied.setdefault(field, None)
     return implied
-
-
-# Fields that may be None: no value, or one that follows from the others.
-OPTIONAL = frozenset(("step_size", "epsilon_min", "lr_max", "end_epoch", "end_update", *SETTINGS))
-
-
-class Contradiction(NamedTuple):
-    """A combination of choices that makes no sense, and why. The reason may name fields of the method as ``{m.…}``."""
-
-    applies: Callable[[Method], bool]
-    reason: str
-
-
-CONTRADICTIONS: tuple[Contradiction, ...] = (
-    Contradiction(
-        lambda m: SCALES[m.scale].element_only and m.granularity != "element" and m.where == "weights",
-        "scale (--sam-scale) {m.scale} is a number per weight and needs granularity (--sam-granularity) element, "
-        "got {m.granularity!r}; the norm of a group's weights is --sam-scale weight_norm",
-    ),
-    Contradiction(
-        lambda m: m.step_rule == "gradient" and m.step_size is None,
-        "step_rule (--sam-step-rule) gradient takes steps of step_size times the gradient and has no default for it; "
-        "give step_size (--sam-step-size) > 0",
-    ),
-    Contradiction(
-        lambda m: m.ascent == "random" and SCALES[m.scale].gradient_based,
-        "scale (--sam-scale) {m.scale} is made from the ascent gradient, but ascent (--sam-ascent) random has none; "
-        "use --sam-scale one, weight_abs, weight_norm or weight_over_sqrt_n",
-    ),
-    Contradiction(
-        lambda m: m.descent == "mean_ascent" and m.steps == 1 and m.init == "zero",
-        "descent (--sam-descent) mean_ascent averages the gradients before the last ascent step, and with steps "
-        "(--sam-steps) 1 that is the base optimizer; use --sam-steps 2 or more, or --sam-descent mean",
-    ),
-    Contradiction(
-        lambda m: m.max_scale != DEFAULT_MAX_SCALE and not SCALES[m.scale].gradient_based,
-        "max_scale (--sam-max-scale) caps a scale made from the gradient, but scale (--sam-scale) is {m.scale}, got "
-        "max_scale {m.max_scale}; leave it out or use --sam-scale gradient_strength",
-    ),
-    Contradiction(
-        lambda m: m.lr_min != 0.0 and m.epsilon_min is None,
-        "lr_min (--sam-lr-min) {m.lr_min} is only used with epsilon_min (--sam-epsilon-min): a radius that follows "
-        "the learning rate; give both or neither",
-    ),
-    Contradiction(
-        lambda m: m.ascent == "random" and m.step_size is not None,
-        "ascent (--sam-ascent) random goes to the edge of the ball in one step, so step_size (--sam-step-size) "
-        "{m.step_size} must be left out; the length is --sam-epsilon",
-    ),
-    Contradiction(
-        lambda m: m.ascent == "random" and (m.steps > 1 or m.step_rule != "steepest" or m.ascent_fraction < 1),
-        "ascent (--sam-ascent) random draws one direction: steps (--sam-steps) must be 1, step_rule "
-        "(--sam-step-rule) steepest and ascent_fraction (--sam-ascent-fraction) 1, got {m.steps}, {m.step_rule}, "
-        "{m.ascent_fraction}",
-    ),
-    Contradiction(
-        lambda m: m.ascent == "weighted" and m.needs_clean_gradient,
-        "ascent (--sam-ascent) weighted gives the gradient of the weighted batch, but descent (--sam-descent) "
-        "{m.descent} and between (--sam-between) {m.between} need that of the unweighted batch at w; "
-        "use --sam-descent last or sds, --sam-between plain",
-    ),
-    Contradiction(
-        lambda m: m.ascent == "instance" and (m.m > 1 or m.ascent_fraction < 1 or m.descent == "sds"),
-        "ascent (--sam-ascent) instance perturbs for each instance alone, so there is nothing to split or select "
-        "within it: m (--sam-m) and ascent_fraction (--sam-ascent-fraction) must be 1 and descent (--sam-descent) "
-        "not sds, got {m.m}, {m.ascent_fraction}, {m.descent}",
-    ),
-    Contradiction(
-        lambda m: (m.ascent == "instance" or m.m > 1) and m.scope == "update",
-        "scope (--sam-scope) update shares one perturbation, but ascent (--sam-ascent) {m.ascent} with m (--sam-m) "
-        "{m.m} gives each part of the batch its own; use --sam-scope microbatch",
-    ),
-    Contradiction(
-        lambda m: m.descent == "mean_ascent" and m.between == "reuse",
-        "descent (--sam-descent) mean_ascent has no gradient at the end of the ascent from which between "
-        "(--sam-between) reuse could take the sharpness component; use --sam-descent last",
-    ),
-    Contradiction(
-        lambda m: (m.granularity == "sentence") != (m.where == "embeddings"),
-        "granularity (--sam-granularity) sentence belongs to where (--sam-where) embeddings, and only it does; "
-        "got granularity {m.granularity!r} with where {m.where!r}",
-    ),
-    Contradiction(
-        lambda m: m.init == "uniform" and m.where != "embeddings",
-        "init (--sam-init) uniform starts the ascent inside a sentence's ball and needs where (--sam-where) "
-        "embeddings, got {m.where!r}",
-    ),
-    Contradiction(
-        lambda m: (
-            m.where == "embeddings" and (m.scale != "one" or m.ball != "group" or m.mask != "none" or bool(m.exclude))
-        ),
-        "where (--sam-where) embeddings perturbs the embeddings of each sentence in a ball of its own: scale "
-        "(--sam-scale) must be one, ball (--sam-ball) group, mask (--sam-mask) none and exclude (--sam-exclude) "
-        "empty, got {m.scale}, {m.ball}, {m.mask}, {m.exclude!r}",
-    ),
-    Contradiction(
-        lambda m: (
-            m.where == "embeddings"
-            and (m.ascent != "batch" or m.ascent_fraction < 1 or m.m > 1 or m.descent == "sds" or m.scope == "update")
-        ),
-        "where (--sam-where) embeddings already perturbs each sentence by its own gradient: ascent (--sam-ascent) "
-        "must be batch, ascent_fraction (--sam-ascent-fraction) and m (--sam-m) 1, descent (--sam-descent) not sds "
-        "and scope (--sam-scope) microbatch, got {m.ascent}, {m.ascent_fraction}, {m.m}, {m.descent}, {m.scope}",
-    ),
-    Contradiction(
-        lambda m: m.where == "embeddings" and m.rounding != "nearest",
-        "rounding (--sam-rounding) {m.rounding} is of weights, but where (--sam-where) is embeddings; leave it out or "
-        "use --sam-where weights",
-    ),
-    Contradiction(
-        lambda m: m.where == "embeddings" and m.between == "reuse",
-        "between (--sam-between) reuse keeps a component of the weights' sharpness, but where (--sam-where) is "
-        "embeddings; use --sam-between plain",
-    ),
-    Contradiction(
-        lambda m: m.lr_max is not None and m.epsilon_min is None,
-        "lr_max (--sam-lr-max) {m.lr_max} is only used with epsilon_min (--sam-epsilon-min): a radius that follows "
-        "the learning rate; give both or neither",
-    ),
-)
 
 
 # Defaults of epsilon, norm, steps and step size: sam, Foret et al. 2021 (rho 0.05, L2); asam, Kwon et al. 2021 (rho

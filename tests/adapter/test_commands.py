@@ -177,7 +177,7 @@ def test_hydra_train_refuses_bad_values_before_data(tmp_path):
 
 
 def test_help_lists_methods_and_flags_by_axis():
-    from fairseq_sam.adapter.optimizers import FLAGS_BY_AXIS
+    from fairseq_sam.adapter.flags import FLAGS_BY_AXIS
 
     shown = fairseq("train", "--user-dir", runs.PLUGIN, "--help")
     assert "--max-tokens" in shown, "fairseq's own flags are still there"

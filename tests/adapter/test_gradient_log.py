@@ -127,6 +127,6 @@ def test_no_log_without_the_flag(translation_data, tmp_path):
 
 def test_bad_number():
     with pytest.raises(ValueError, match=r"gradient_log \(--sam-gradient-log\) must be an integer >= 1, got 0"):
-        from fairseq_sam.adapter.optimizers import gradient_log_of
+        from fairseq_sam.adapter.choices import gradient_log_of
 
         gradient_log_of(type("Config", (), {"sam_gradient_log": 0}))

@@ -11,7 +11,7 @@ import torch
 
 from fairseq_sam._version import __version__
 from fairseq_sam.adapter.errors import CheckpointError, ConfigurationError
-from fairseq_sam.adapter.optimizers import STATE_FORMAT
+from fairseq_sam.adapter.state import STATE_FORMAT
 from tests.adapter import runs
 
 FLAGS = [*runs.TRANSLATION, "--optimizer", "look_sam", "--sam-mask", "fisher", "--sam-sparsity", "0.5",

@@ -1,6 +1,5 @@
 """An error, an interrupt, a signal or a lack of memory at any point of an update inside fairseq."""
 
-import contextlib
 import copy
 import gc
 import inspect
@@ -126,19 +125,23 @@ def test_at_any_line_of_an_update(translation_data, monkeypatch, preset, scope):
     places = interrupt.trace(update.run)
     assert runs.same_state(update.state(), after), "the update can be repeated"
     numbers = interrupt.first_and_last(places)
+    not_reached = 0
     for number in random.Random(preset).sample(numbers, NUM_PLACES):
         error = list(interrupt.ERRORS)[number % 4]
         if error == "out of memory" and not places[number][0].startswith(str(interrupt.ENGINE)):
             error = "interrupt"  # what takes memory is in the engine
         update.rewind()
         gc.collect()  # weights whose memory an interrupted step still has take another way, of other lines
-        with contextlib.nullcontext() if error == "out of memory" else pytest.raises(interrupt.RAISED):
-            with contextlib.suppress(RuntimeError):  # in a micro-batch, fairseq drops the update and goes on
-                interrupt.trace(update.run, at=number, error=error)
-            if error == "exception":
-                raise RuntimeError
-        torch.set_grad_enabled(True)
         at = f"{error} at {places[number]}"
+        try:
+            seen = interrupt.trace(update.run, at=number, error=error)
+        except interrupt.RAISED:
+            pass
+        else:  # in a micro-batch, fairseq drops an update that is out of memory, and goes on
+            is_over = len(seen) <= number  # the steps' number differs by few where memory was held by something else
+            assert error == "out of memory" or is_over, f"passed over: {at}"
+            not_reached += is_over
+        torch.set_grad_enabled(True)
         found = update.state()
         is_before = runs.same_state(found, update.before)
         assert is_before or runs.same_state(found, after), f"neither before nor after: {at}"
@@ -148,3 +151,4 @@ def test_at_any_line_of_an_update(translation_data, monkeypatch, preset, scope):
             update.trainer.set_num_updates(1)
             update.run()
             assert runs.same_state(update.state(), after), f"cannot be tried again: {at}"
+    assert not_reached < NUM_PLACES / 4

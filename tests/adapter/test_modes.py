@@ -14,7 +14,7 @@ from fairseq_sam.adapter.config import check_config
 from fairseq_sam.adapter.embeddings import word_embeddings
 from fairseq_sam.adapter.optimizers import SharpnessAwareOptimizer, unwrap
 from fairseq_sam.adapter.precision import loss_scale
-from fairseq_sam.core.method import TENSOR_GRANULARITIES
+from fairseq_sam.core.axes import TENSOR_GRANULARITIES
 from fairseq_sam.core.random_state import RandomState
 from tests.adapter import runs
 

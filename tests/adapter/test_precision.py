@@ -7,7 +7,7 @@ from fairseq.logging import metrics
 from fairseq_sam import PRESETS
 from fairseq_sam.adapter.optimizers import unwrap
 from fairseq_sam.adapter.precision import loss_scale, master_weights
-from fairseq_sam.core.method import TENSOR_GRANULARITIES
+from fairseq_sam.core.axes import TENSOR_GRANULARITIES
 from tests.adapter import runs
 
 ON_CPU = {

@@ -14,9 +14,11 @@ from fairseq.logging import metrics
 
 from fairseq_sam import PRESETS, Method
 from fairseq_sam.adapter import radius, train_step
+from fairseq_sam.adapter.choices import AUTO
 from fairseq_sam.adapter.errors import CheckpointError, ConfigurationError
-from fairseq_sam.adapter.optimizers import AUTO, checked_state, unwrap
+from fairseq_sam.adapter.optimizers import unwrap
 from fairseq_sam.adapter.radius import search, settings_of
+from fairseq_sam.adapter.state import checked_state
 from fairseq_sam.core.memory import Memory
 from tests.adapter import runs
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fairseq_sam import PRESETS, Method, SharpnessAware
-from fairseq_sam.core.method import CHOICES, CONTRADICTIONS
+from fairseq_sam.core.axes import CHOICES
+from fairseq_sam.core.contradictions import CONTRADICTIONS
 from tests.core.models import batch, feed, flat, reader
 
 # What a choice needs beside it, and numbers that are axes too.

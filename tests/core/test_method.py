@@ -158,7 +158,7 @@ def test_norms(given, order):
 
 def test_every_listed_contradiction_can_happen():
     """The table of contradictions has no row that no combination meets."""
-    from fairseq_sam.core.method import CONTRADICTIONS
+    from fairseq_sam.core.contradictions import CONTRADICTIONS
 
     reasons = set()
     for preset, options, _ in [m for mark in test_contradictions_are_refused.pytestmark for m in mark.args[1]]:

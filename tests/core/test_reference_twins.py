@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fairseq_sam import SharpnessAware
-from fairseq_sam.core.method import GRANULARITIES
+from fairseq_sam.core.axes import GRANULARITIES
 from fairseq_sam.core.scales import SCALES
 from tests import reference
 from tests.core.models import SETTINGS, batch, closure_of, flat, gradient_at, groups_of, mlp
