@@ -25,7 +25,7 @@ from scripts.recipes.tables import AVERAGE, FORMATS, average_rows, cells, table_
 RESULTS = ROOT / "docs" / "results.md"
 HEAD = """# Results
 
-What was run of the [recipes](../README.md#reproducing-the-papers) so far: means ± standard deviations over seeds, the
+What was run of the [recipes](../examples/README.md#the-list) so far: means ± standard deviations over seeds, the
 difference to the baseline (↑ better, ↓ worse), the p-value of a paired test (over seeds; for BLEU sacreBLEU's
 bootstrap), forward-backward passes per update, time of training. `--size mini` is far smaller than the paper, so that
 its numbers compare methods, not models: the paper's are beside them for their differences, which are those of its
