@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -85,9 +86,16 @@ COMMANDS = {
 }
 
 
+def with_closed_streams() -> None:
+    """Let what is written go nowhere where the shell has closed standard output or error (``2>&-``)."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, or print the methods, the settings of one, or the folder for ``--user-dir``."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with_closed_streams()
     if words and words[0] in COMMANDS:
         try:
             from fairseq_sam.commands import common

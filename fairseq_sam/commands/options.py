@@ -37,6 +37,16 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')} (all flags: {self.prog} --help)")
 
 
+class Distinct(argparse.Action):
+    """Takes several words, each of them once."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Keep the first of those that are equal."""
+        setattr(namespace, self.dest, list(dict.fromkeys(values)))
+
+
 def parser(
     command: str,
     description: str,

@@ -28,11 +28,17 @@ def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint at each radius; write ``robustness.tsv`` and ``robustness.png``."""
     parser = options.parser("robustness", __doc__ or "")
     parser.add_argument(
-        "--l2", nargs="*", type=options.positive, default=RADII["l2"], help="radii of L2 balls; default %(default)s"
+        "--l2",
+        nargs="*",
+        action=options.Distinct,
+        type=options.positive,
+        default=RADII["l2"],
+        help="radii of L2 balls; default %(default)s",
     )
     parser.add_argument(
         "--linf",
         nargs="*",
+        action=options.Distinct,
         type=options.positive,
         default=RADII["linf"],
         help="radii of L-infinity balls; default %(default)s",

@@ -51,12 +51,24 @@ def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint at each radius; write ``sharpness.tsv`` and ``sharpness.png``."""
     parser = options.parser("sharpness", __doc__ or "")
     parser.add_argument(
-        "--radii", nargs="+", type=options.positive, default=RADII, help="distances; default %(default)s"
+        "--radii",
+        nargs="+",
+        action=options.Distinct,
+        type=options.positive,
+        default=RADII,
+        help="distances; default %(default)s",
     )
     parser.add_argument(
         "--norm", type=options.norm, help="of the distance: l2, linf or a number; default l2, and average is always l2"
     )
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS[:3], help="directions; default %(default)s")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        action=options.Distinct,
+        choices=KINDS,
+        default=KINDS[:3],
+        help="directions; default %(default)s",
+    )
     parser.add_argument(
         "--steps", type=options.integer(1), help=f"ascent steps of worst, default {STEPS}, and of instance, default 1"
     )

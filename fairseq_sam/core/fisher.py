@@ -49,6 +49,7 @@ def squared_gradients(instances: Iterable[Batch[Any]], space: ParameterSpace, un
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total.add_((gradient * unit).square_())
+        del gradients  # not beside those of the next instance
     space.take_gradients()
     return SquaredGradients(sums, count)
 

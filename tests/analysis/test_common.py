@@ -1,12 +1,14 @@
 """What the commands share."""
 
 import io
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fairseq_sam.__main__ import main
+from fairseq_sam.commands import options
 from fairseq_sam.commands.common import Progress, model_names
 from fairseq_sam.commands.settings import digest_of_data
 
@@ -186,3 +188,19 @@ def test_a_table_of_another_command_is_not_overwritten(tmp_path, capsys):
     assert main(words) == 2
     assert f"{tmp_path / 'line.tsv'} must be of an earlier landscape" in capsys.readouterr().err
     assert (tmp_path / "line.tsv").read_text().startswith("alpha")
+
+
+def test_a_word_that_is_given_twice_counts_once():
+    made = options.Parser("sharpness", "")
+    made.add_argument("--radii", nargs="+", type=options.positive, action=options.Distinct, default=[3.0])
+    assert made.parse_args(["--radii", "0.2", "0.1", "0.20"]).radii == [0.2, 0.1]
+    assert made.parse_args([]).radii == [3.0]
+
+
+def test_a_closed_stream_takes_nothing(monkeypatch):
+    """Where the shell has closed it (``2>&-``), Python has none, and progress would end in an AttributeError."""
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["sam"]) == 0
+    Progress("losses")(1, 1)
+    print("and this", file=sys.stderr)
