@@ -7,6 +7,7 @@ A figure that misses its target is marked in its table, and listed under it.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter  # noqa: E402
 
 from benchmarks.growth import AXES, EXPECTED, slope  # noqa: E402
 from fairseq_sam.analysis.plots import draw_curves, figure  # noqa: E402
@@ -80,7 +83,7 @@ STEPS = (
 PEERS = (Target("peer over ours", 1.00, 2, at_least=True),)
 MEMORY = (
     Target("copies", 1.0, 1, _of("sam", "asam", "efficient_sam", "delta_sam")),
-    Target("copies", 2.0, 1, _of("ga_sam", "gsam", "fisher_sam", "look_sam")),
+    Target("copies", 2.0, 1, _of("ga_sam", "gsam", "fisher_sam", "look_sam", "multistep_defense")),
 )
 # Tables: file, columns that are shown with their digits, targets.
 TABLES = {
@@ -102,6 +105,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--results", type=Path, default=FOLDER / "results", help="default benchmarks/results")
     parser.add_argument("--readme", type=Path, default=FOLDER / "README.md", help="default benchmarks/README.md")
     args = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)  # fairseq's import makes every library log everything
     text = args.readme.read_text(encoding="utf-8")
     for name, (columns, targets) in TABLES.items():
         rows = with_sam(read_rows(args.results / f"{name}.tsv"))
@@ -190,10 +194,18 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             places = [float(row["parameters" if axis == "parameters" else "value"]) for row in own]
             curves[f"{column}, slope {slope(rows, axis, column) or 0:.2f}"] = (places, [float(r[column]) for r in own])
         is_plain = axis in ("K", "workers")
-        draw_curves(axes, curves, x=axis, y="seconds, or ratio" if is_plain else "seconds", title=axis)
-        if not is_plain:
+        draw_curves(axes, curves, x=axis, y="ratio" if is_plain else "seconds", title=axis)
+        if is_plain:
+            axes.set_ylim(0, 1.1 * max(max(found) for _, found in curves.values()))
+        else:
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        if axis != "parameters":
+            axes.set_xticks(places, [f"{place:g}" for place in places])
     made.savefig(path, dpi=150)
 
 

@@ -34,6 +34,7 @@ METHODS = {
     "sam": "--optimizer sam",
     "asam": "--optimizer asam",
     "ga_sam": "--optimizer ga_sam --sam-norm linf --sam-epsilon 1e-4",
+    "multistep_defense": "--optimizer multistep_defense",
     "gsam": "--optimizer gsam --sam-epsilon-min 0.01 --sam-lr-max 1e-3",
     "delta_sam": "--optimizer delta_sam",
     "fisher_sam": "--optimizer fisher_sam",
