@@ -21,7 +21,8 @@ from benchmarks.measure import Clock, parser_of, peak_bytes, write_table  # noqa
 from benchmarks.models import MODELS, batches, trainer  # noqa: E402
 from benchmarks.steps import BASE, METHODS, unwrap  # noqa: E402
 
-STEPS = 3
+STEPS = 6  # LookSAM's period and one more
+
 CHOSEN = {name: flags for name, flags in METHODS.items() if name not in ("interval 5", "before the start")}
 
 

@@ -59,7 +59,8 @@ assert sorted(PRESETS) == IN_FAMILIES, "every preset belongs to one family"
 HEADER = """# Training modes
 
 What is verified of each mode of fairseq with each family of methods. The numbers are tests, listed below the table:
-**CPU** ones run everywhere, in every run of the tests; **GPU** ones skip where there is no CUDA device, and say so.
+**CPU** ones run everywhere, in every run of the tests; **GPU** ones skip where there is no CUDA device, and say so
+(so far there was none: they were not run yet).
 *Refused* is ended before any data is read, with the reason and what to use instead; the number is the test that shows
 the message. This page is written by the tests (`{command}`), and a run of all
 tests fails where it differs from what they showed.
