@@ -10,7 +10,6 @@ timed inside it. "passes" are synthetic where the number of tensors is varied: g
 """
 
 import argparse
-import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +26,13 @@ from torch import nn  # noqa: E402
 
 from benchmarks.measure import WARM_UPS, Clock, rounds_of, seconds_inside  # noqa: E402
 from benchmarks.models import MODELS, batches, quiet, trainer  # noqa: E402
+from benchmarks.slopes import AXES  # noqa: E402
 from benchmarks.steps import BASE, METHODS, step_of  # noqa: E402
 from benchmarks.workers import seconds_of_workers  # noqa: E402
 from fairseq_sam import SharpnessAware  # noqa: E402
 from fairseq_sam.analysis.tables import read_rows, write_rows  # noqa: E402
 from fairseq_sam.commands.common import Progress  # noqa: E402
 
-AXES = ("parameters", "tokens", "K", "tensors", "workers")
 SIZES = [
     "Transformer, 1M",
     "Transformer, 5M",
@@ -47,16 +46,6 @@ STEPS = [1, 2, 3, 4]
 TENSORS = [16, 64, 256, 1024, 4096]
 WORKERS = [1, 2]
 NUMBERS = 4 * 2**20  # parameters where their tensors are varied
-# By axis and measured column: the expected slope.
-EXPECTED = {
-    ("parameters", "step (s)"): 1.0,
-    ("parameters", "own (s)"): 1.0,
-    ("tokens", "step (s)"): 1.0,
-    ("tokens", "own (s)"): 0.0,
-    ("K", "step over pass"): 1.0,
-    ("tensors", "own (s)"): 1.0,
-    ("workers", "over base"): 0.0,
-}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -155,29 +144,6 @@ def of_workers(number: int, args: Any, cuda: bool) -> dict[str, Any]:
     """Time steps of several workers, each with a batch of its own."""
     plain, step = seconds_of_workers(number, args.rounds, cuda, f"--optimizer {BASE}", METHODS["sam"])
     return {"base (s)": plain, "step (s)": step, "over base": step / plain, "rounds": args.rounds}
-
-
-def slope(rows: Sequence[dict[str, str]], axis: str, column: str) -> float | None:
-    """Fit the slope of a column along an axis.
-
-    Args:
-        rows: of the table.
-        axis: which one; of `parameters` the abscissa is their number.
-        column: what grows.
-
-    Returns:
-        The slope of the logarithms by least squares (of the numbers themselves for K), None with fewer than two rows.
-    """
-    chosen = [row for row in rows if row["axis"] == axis and row.get(column)]
-    if len(chosen) < 2:
-        return None
-    x = [float(row["parameters" if axis == "parameters" else "value"]) for row in chosen]
-    y = [float(row[column]) for row in chosen]
-    if axis != "K":
-        if min(y) <= 0:
-            return None
-        x, y = [math.log(each) for each in x], [math.log(each) for each in y]
-    return statistics.linear_regression(x, y).slope
 
 
 if __name__ == "__main__":

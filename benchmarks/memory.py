@@ -22,7 +22,6 @@ from benchmarks.models import MODELS, batches, trainer  # noqa: E402
 from benchmarks.steps import BASE, METHODS, unwrap  # noqa: E402
 
 STEPS = 6  # LookSAM's period and one more
-
 CHOSEN = {name: flags for name, flags in METHODS.items() if name not in ("interval 5", "before the start")}
 
 

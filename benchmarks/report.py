@@ -7,7 +7,6 @@ A figure that misses its target is marked in its table, and listed under it.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter  # noqa: E402
 
-from benchmarks.growth import AXES, EXPECTED, slope  # noqa: E402
+from benchmarks.slopes import AXES, EXPECTED, slope  # noqa: E402
 from fairseq_sam.analysis.plots import draw_curves, figure  # noqa: E402
 from fairseq_sam.analysis.tables import read_rows  # noqa: E402
 from scripts.recipes.marks import put_between  # noqa: E402
@@ -105,7 +104,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--results", type=Path, default=FOLDER / "results", help="default benchmarks/results")
     parser.add_argument("--readme", type=Path, default=FOLDER / "README.md", help="default benchmarks/README.md")
     args = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)  # fairseq's import makes every library log everything
     text = args.readme.read_text(encoding="utf-8")
     for name, (columns, targets) in TABLES.items():
         rows = with_sam(read_rows(args.results / f"{name}.tsv"))

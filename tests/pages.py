@@ -11,6 +11,7 @@ DOCS = ROOT / "docs"
 PAGES = ("index", "choosing", "your-command", "checkpoints", "multi-gpu", "plain-pytorch", "adding-a-method",
          "troubleshooting", "watching", "gallery")  # fmt: skip
 TEXT = {name: (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in PAGES}
+LINKED = [page for folder in ("", "docs/**/", "examples/**/", "benchmarks/") for page in ROOT.glob(f"{folder}*.md")]
 needs_fairseq = pytest.mark.skipif(importlib.util.find_spec("fairseq") is None, reason="fairseq is not installed")
 
 

@@ -9,7 +9,7 @@ import torch
 from fairseq_sam.analysis.tables import read_rows, write_rows
 
 pytest.importorskip("fairseq")
-from benchmarks import growth, measure, memory, models, peers, report, steps, workers
+from benchmarks import growth, measure, memory, models, peers, report, slopes, steps, workers
 from benchmarks.models import Model
 
 TINY = Model(models._transformer(16, 32, 2, 1, 60), 6)
@@ -135,9 +135,9 @@ def test_slopes():
         *({"axis": "tokens", "value": str(n), "step (s)": f"{0.5 * n**1.5}"} for n in (10, 100, 1000)),
         *({"axis": "K", "value": str(k), "step over pass": f"{1.0 + k}"} for k in (1, 2, 3)),
     ]
-    assert growth.slope(rows, "tokens", "step (s)") == pytest.approx(1.5)
-    assert growth.slope(rows, "K", "step over pass") == pytest.approx(1.0)
-    assert growth.slope(rows, "tokens", "own (s)") is None
+    assert slopes.slope(rows, "tokens", "step (s)") == pytest.approx(1.5)
+    assert slopes.slope(rows, "K", "step over pass") == pytest.approx(1.0)
+    assert slopes.slope(rows, "tokens", "own (s)") is None
 
 
 def test_what_misses_its_target_is_named(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from fairseq_sam import PRESETS
-from tests.pages import DOCS, PAGES, ROOT, TEXT, blocks, needs_fairseq, prose
+from tests.pages import DOCS, LINKED, PAGES, ROOT, TEXT, blocks, needs_fairseq, prose
 
 # -- the site ----------------------------------------------------------------------------------------------------------
 
@@ -56,7 +56,7 @@ def headings(path: Path) -> set[str]:
 
 
 def test_links_name_headings_that_are_there():
-    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("examples/**/*.md")]:
+    for page in LINKED:
         for target, anchor in re.findall(r"\]\(([^()\s:#]*)#([^()\s]+)\)", prose(page.read_text(encoding="utf-8"))):
             path = page.parent / target if target else page
             assert anchor in headings(path), f"{page.relative_to(ROOT)} links to {target}#{anchor}, which is not there"

@@ -1,4 +1,4 @@
-"""The presets as fairseq optimizers: flags, and delegation of everything to a base optimizer."""
+"""The presets as fairseq optimizers, which delegate everything to a base optimizer."""
 
 import logging
 from typing import Any

@@ -27,22 +27,15 @@ JOINED_BY = ("@@ ", "@@", "subword_nmt", "sentencepiece", "wordpiece", "letter",
 def main(arguments: Sequence[str]) -> None:
     """Measure each checkpoint at each radius; write ``robustness.tsv`` and ``robustness.png``."""
     parser = options.parser("robustness", __doc__ or "")
-    parser.add_argument(
-        "--l2",
-        nargs="*",
-        action=options.Distinct,
-        type=options.positive,
-        default=RADII["l2"],
-        help="radii of L2 balls; default %(default)s",
-    )
-    parser.add_argument(
-        "--linf",
-        nargs="*",
-        action=options.Distinct,
-        type=options.positive,
-        default=RADII["linf"],
-        help="radii of L-infinity balls; default %(default)s",
-    )
+    for norm, ball in (("l2", "L2"), ("linf", "L-infinity")):
+        parser.add_argument(
+            f"--{norm}",
+            nargs="*",
+            action=options.Distinct,
+            type=options.positive,
+            default=RADII[norm],
+            help=f"radii of {ball} balls; default %(default)s",
+        )
     parser.add_argument(
         "--steps", type=options.integer(1), default=STEPS, help="ascent steps of a corruption; default %(default)s"
     )
