@@ -14,6 +14,7 @@ from torch import Tensor
 from fairseq_sam.adapter.instance_losses import Captured, capture_output, check_sum, instance_losses
 from fairseq_sam.adapter.slicing import COUNTS, Slicer
 from fairseq_sam.analysis.memory import is_out_of_memory
+from fairseq_sam.core.batch import Weigh
 
 logger = logging.getLogger(__name__)
 
@@ -117,18 +118,20 @@ class MicroBatch:
             check_sum(self._call.criterion, found[0], result.loss)
         return result, found[0]
 
-    def run_weighted(self, weights: Tensor) -> Pass:
-        """Run forward, and backward of the weighted sum of the instances' losses."""
+    def run_weighted(self, weigh: Weigh, *numbers: Tensor) -> tuple[Pass, Tensor]:
+        """Run forward, and backward of the weighted sum of the instances' losses; return these as well."""
+        found: list[Tensor] = []
 
         def backward_from(loss: Tensor, captured: Captured) -> Tensor:
             losses = self._losses(captured, loss)
-            total = (weights.to(losses.device, losses.dtype) * losses).sum()
+            found[:] = [losses.detach()]
+            total = (weigh(found[0], *numbers).to(losses.device, losses.dtype) * losses).sum()
             if not loss._is_view():
                 loss.detach_()  # what its own graph has saved is as large as the output
             return total * 0.0 if self._is_dummy else total
 
         result = self._run_from(backward_from)
-        return result._replace(loss=result.loss.detach())
+        return result._replace(loss=result.loss.detach()), found[0]
 
     def _run_from(self, backward_from: Callable[[Tensor, Captured], Tensor]) -> Pass:
         """Run forward, and backward from what a function makes of the loss and the captured output."""
@@ -201,15 +204,13 @@ class UpdateBatch:
 
     def run_with_losses(self) -> tuple[Passes, Tensor]:
         """Run forward and backward; return the losses of the instances as well."""
-        pairs = self._of_each(lambda place, part: part.run_with_losses())
-        results = {place: result for place, (result, _) in pairs.items()}
-        return self._collect(results), self._joined_losses({place: losses for place, (_, losses) in pairs.items()})
+        return self._with_losses(lambda place, part: part.run_with_losses())
 
-    def run_weighted(self, weights: Tensor) -> Passes:
-        """Run forward, and backward of the weighted sum of the instances' losses."""
-        split = torch.split(weights, [len(part) for part in self._parts.values()])
-        shares = dict(zip(self._parts, split, strict=True))
-        return self._collect(self._of_each(lambda place, part: part.run_weighted(shares[place])))
+    def run_weighted(self, weigh: Weigh, *numbers: Tensor) -> tuple[Passes, Tensor]:
+        """Run forward, and backward of the weighted sum of the instances' losses; return these as well."""
+        sizes = [len(part) for part in self._parts.values()]
+        shares = dict(zip(self._parts, zip(*(torch.split(each, sizes) for each in numbers), strict=True), strict=True))
+        return self._with_losses(lambda place, part: part.run_weighted(weigh, *shares[place]))
 
     def losses(self) -> Tensor:
         """Run forward without gradient; return the losses of the instances."""
@@ -235,6 +236,11 @@ class UpdateBatch:
                     raise
                 logger.warning("the ascent goes on without a micro-batch that did not fit into memory: %s", error)
         return results
+
+    def _with_losses(self, run: Callable[[int, MicroBatch], tuple[Pass, Tensor]]) -> tuple[Passes, Tensor]:
+        pairs = self._of_each(run)
+        results = {place: result for place, (result, _) in pairs.items()}
+        return self._collect(results), self._joined_losses({place: losses for place, (_, losses) in pairs.items()})
 
     def _joined_losses(self, losses: Mapping[int, Tensor]) -> Tensor:
         """One after the other; 0 for a micro-batch without."""

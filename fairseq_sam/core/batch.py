@@ -9,6 +9,7 @@ from torch import Tensor
 from fairseq_sam.core.tensors import on_device
 
 Loss = Tensor | float
+Weigh = Callable[..., Tensor]  # weights of instances from their losses and further numbers of each, all of shape (n,)
 
 
 class Sized(Protocol):
@@ -38,8 +39,16 @@ class Batch(Protocol[Result]):
     def run_with_losses(self) -> tuple[Result, Tensor]:
         """Run forward and backward; return the losses of the instances as well, shape (N,)."""
 
-    def run_weighted(self, weights: Tensor) -> Result:
-        """Run forward, and backward of ``sum_i weights_i l_i``; return the result of the unweighted batch."""
+    def run_weighted(self, weigh: Weigh, *numbers: Tensor) -> tuple[Result, Tensor]:
+        """Run forward, and backward of ``sum_i weights_i l_i``.
+
+        Args:
+            weigh: from the losses of some instances and the rest of their `numbers`, their weights.
+            numbers: of every instance, shape (N,) each.
+
+        Returns:
+            The result of the unweighted batch, and the losses of the instances, shape (N,).
+        """
 
     def losses(self) -> Tensor:
         """Run forward without gradient; return the losses of the instances, shape (N,)."""
@@ -87,7 +96,7 @@ class ClosureBatch:
         """Refuse."""
         raise self.refusal()
 
-    def run_weighted(self, weights: Tensor) -> PassResult:
+    def run_weighted(self, weigh: Weigh, *numbers: Tensor) -> tuple[PassResult, Tensor]:
         """Refuse."""
         raise self.refusal()
 
@@ -150,11 +159,11 @@ class InstanceBatch:
         self._backward(losses.sum())
         return self._result(losses), losses.detach()
 
-    def run_weighted(self, weights: Tensor) -> PassResult:
-        """Run forward, and backward of the weighted sum of the losses."""
+    def run_weighted(self, weigh: Weigh, *numbers: Tensor) -> tuple[PassResult, Tensor]:
+        """Run forward, and backward of the weighted sum of the losses; return the losses of the instances as well."""
         losses = self._forward()
-        self._backward((weights.to(losses) * losses).sum())
-        return self._result(losses)
+        self._backward((weigh(losses.detach(), *numbers).to(losses) * losses).sum())
+        return self._result(losses), losses.detach()
 
     def losses(self) -> Tensor:
         """Run forward without gradient; return the losses of the instances."""

@@ -222,9 +222,8 @@ class Method:
     @property
     def forwards(self) -> float:
         """Further forward passes without gradient of one sharpness-aware step."""
-        weighing = 3 * self.ascent_fraction if self.ascent == "weighted" else 0.0
-        weighs_the_same = self.ascent == "weighted" and self.dropout == "same"
-        clean_is_free = self.ascent_fraction == 1 and (self.ascent == "batch" or weighs_the_same)
+        weighing = 2 * self.ascent_fraction if self.ascent == "weighted" else 0.0
+        clean_is_free = self.ascent_fraction == 1 and self.ascent in ("batch", "weighted")
         return weighing + (0.0 if not self.selects else 1.0 if clean_is_free else 2.0)
 
     @property

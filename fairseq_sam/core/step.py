@@ -162,33 +162,40 @@ class SharpnessAwareStep(Generic[Result]):
 
     def _pass_over(self, part: Batch[Result], share: float) -> Callable[[int], Result]:
         """Ascent pass k over a part of the batch."""
-        if self.method.ascent == "weighted" and self.method.epsilon > 0:
-            weights = self._instance_weights(part, share)
-            return lambda k: part.run_weighted(weights)
-        if not self.method.selects or share < 1 or self.method.epsilon == 0:
+        keeps_losses = self.method.selects and share == 1
+        is_weighted = self.method.ascent == "weighted"
+        if self.method.epsilon == 0 or not (is_weighted or keeps_losses):
             return lambda k: part.run()
+        shifted = self._shifted_losses(part, share) if is_weighted else ()
+        found: list[Tensor] = []
 
         def run(k: int) -> Result:
+            if k and is_weighted:  # the weights are those of the first pass
+                return part.run_weighted(lambda _, *of_first: self._instance_weights(*of_first), *found, *shifted)[0]
             if k:
                 return part.run()
-            result, self._clean_losses = part.run_with_losses()
+            result, losses = part.run_weighted(self._instance_weights, *shifted) if shifted else part.run_with_losses()
+            found[:] = [losses]
+            if keeps_losses:
+                self._clean_losses = losses
             return result
 
         return run
 
-    def _instance_weights(self, part: Batch[Result], share: float) -> Tensor:
-        """``|l(w+r) + l(w-r) - 2 l(w)| / max(|l(w+r) - l(w-r)|, eta)`` of every instance (delta-SAM eq. 5)."""
+    def _shifted_losses(self, part: Batch[Result], share: float) -> tuple[Tensor, Tensor]:
+        """``l(w+r)`` and ``l(w-r)`` of every instance, under the masks of the first pass."""
         weights = self._weights()
         direction = weights.gaussian(self._random)
-        clean = self._losses(part, share)
         with weights.shifted(direction, 1.0), running(weights):
-            up = self._losses(part, share)
+            up = self._losses(part, share, masks_of=0)
         with weights.shifted(direction, -1.0), running(weights):
-            down = self._losses(part, share)
-        if self.method.selects and share == 1 and self.method.dropout == "same":
-            self._clean_losses = clean
+            down = self._losses(part, share, masks_of=0)
+        return up, down
+
+    def _instance_weights(self, clean: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """``|l(w+r) + l(w-r) - 2 l(w)| / max(|l(w+r) - l(w-r)|, eta)`` of every instance (delta-SAM eq. 5)."""
         floor = float(self.method.delta_eta or 0.0)
-        return (up + down - 2.0 * clean).abs() / (up - down).abs().clamp(min=floor)
+        return (up + down - 2.0 * at_least_float32(clean)).abs() / (up - down).abs().clamp(min=floor)
 
     def _loss_rises(self, batch: Batch[Result]) -> Tensor:
         """By how much the losses of the instances are higher at ``w + a_K`` than at w, under the same masks."""

@@ -18,6 +18,8 @@ COMPOSITIONS = {
     "quarter-batch GA-SAM": ("ga_sam", {"ascent_fraction": 0.25, "steps": 3}),
     "ESAM on a part": ("esam", {"ascent_fraction": 0.5}),
     "delta-SAM on a part": ("delta_sam", {"ascent_fraction": 0.5}),
+    "ESAM on instance weights": ("esam", {"ascent": "weighted"}),
+    "the same, new dropout": ("esam", {"ascent": "weighted", "dropout": "fresh"}),
     "GSAM on a random direction": ("gsam", {"ascent": "random"}),
     "FreeLB without the last point": ("freelb", {"steps": 3, "descent": "mean_ascent"}),
     "Fisher-masked GA-SAM": ("ga_sam", {"mask": "fisher", "fisher_samples": 8}),

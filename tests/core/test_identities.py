@@ -129,7 +129,7 @@ def test_composition_equals_the_general_twin(name, norm):
     rows = range(round(8 * method.ascent_fraction))
     ascent_gradient = lambda v: problem.gradient(v, rows)  # noqa: E731
     if method.ascent == "weighted":
-        l_0, up, down = problem.losses(w), problem.losses(seen[1][0]), problem.losses(seen[2][0])
+        l_0, up, down = problem.losses(w), problem.losses(seen[0][0]), problem.losses(seen[1][0])
         weights = np.abs(up + down - 2 * l_0) / np.maximum(np.abs(up - down), 1e-4)
         ascent_gradient = lambda v: weights @ problem.instance_gradients(v) / 8  # noqa: E731
     ascent = ascent_gradient

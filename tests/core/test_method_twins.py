@@ -87,7 +87,7 @@ def gsam(method, w, problem, record, step):
 
 
 def delta_sam(method, w, problem, record, step):
-    at_w, up, down = record.weights[:3]
+    up, down, at_w = record.weights[:3]
     r = up - record.start
     assert np.array_equal(at_w, record.start)
     assert np.linalg.norm(r) == pytest.approx(method.epsilon, rel=1e-12)
