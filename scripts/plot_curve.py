@@ -3,7 +3,7 @@
 
 plot_curve.py fsam_figure2_roberta_large --out figure2.png                   # over the sampling rate
 plot_curve.py fsam_figure1 --x sam-sparsity --out figure1.pdf                # over a flag of the methods
-plot_curve.py cheaper_imdb --x passes --out cost.png                         # over what the methods cost
+plot_curve.py cheaper_imdb --x passes --y-range 81 83 --out cost.png         # over what the methods cost
 plot_curve.py fsam_figure2_roberta_large --obtained runs/…/obtained.tsv --out figure2.png
 """
 
@@ -26,13 +26,19 @@ def main() -> None:
     parser.add_argument("--size", default="mini", help="mini or paper; default mini")
     parser.add_argument("--x", help="option of the columns, flag of the methods, or passes, to draw over; default rate")
     parser.add_argument("--obtained", type=Path, help="file of runs; default obtained.tsv in the recipe's folder")
+    parser.add_argument(
+        "--y-range", nargs=2, type=float, metavar=("LOW", "HIGH"),
+        help="scores on the vertical axis; an arrow stands for a mean outside; default all",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="file to write: .png, .pdf or .svg")
     args = parser.parse_args()
+    if args.y_range and not args.y_range[0] < args.y_range[1]:
+        parser.error(f"--y-range must be two numbers, the lower one first, got {args.y_range[0]:g} {args.y_range[1]:g}")
     try:
         recipes = [read_recipe(args.recipe, args.size, column) for column in column_names(args.recipe, args.size)]
         first = recipes[0]
         shown = panels(recipes, args.obtained or first.folder / OBTAINED, args.x)
-        draw(shown, args.x, f"{first.paper}: {first.title} ({args.size})", args.out)
+        draw(shown, args.x, f"{first.paper}: {first.title} ({args.size})", args.out, args.y_range)
     except (RecipeError, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"written: {args.out}")

@@ -1,6 +1,7 @@
 """Obtained scores over what columns or methods differ in: a sampling rate, a sparse ratio, their cost."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ def column_without_rate(recipe: Recipe) -> str:
     return name.strip() or recipe.title
 
 
-def draw(shown: Sequence[Panel], x: str | None, title: str, out: Path) -> None:
+def draw(shown: Sequence[Panel], x: str | None, title: str, out: Path, span: tuple[float, float] | None = None) -> None:
     """Draw mean and standard deviation over seeds into a file, whose ending says the format.
 
     Args:
@@ -112,29 +113,41 @@ def draw(shown: Sequence[Panel], x: str | None, title: str, out: Path) -> None:
         x: what the horizontal axis is.
         title: above them.
         out: file to write.
+        span: lowest and highest score on the vertical axes; an arrow with its number stands for a mean that lies
+            outside. Default all scores.
     """
-    from matplotlib.figure import Figure
+    from fairseq_sam.analysis.plots import MARKERS, figure, save, show_names_below
 
-    figure = Figure(figsize=(4.6 * len(shown) + 0.4, 3.9), layout="constrained")
-    figure.suptitle(title)
-    for axes, panel in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    made, every = figure(len(shown), width=5.4, height=4.4)
+    made.suptitle(textwrap.fill(title, int(11 * made.get_figwidth())))
+    for axes, panel in zip(every, shown, strict=True):
         for number, (name, level) in enumerate(panel.levels.items()):
-            axes.axhline(level.mean, color=f"C{number}", linestyle="--", label=name)
+            axes.axhline(level.mean, color=f"C{number}", linestyle="--").set_gid(name)
             if not math.isnan(level.std):
                 axes.axhspan(level.mean - level.std, level.mean + level.std, color=f"C{number}", alpha=0.12, lw=0)
         for number, (name, points) in enumerate(panel.curves.items(), start=len(panel.levels)):
+            color = f"C{number}"
             places, means = [point.x for point in points], [point.mean for point in points]
             spread = [0.0 if math.isnan(point.std) else point.std for point in points]
-            bars = spread if len(points) == 1 else None
-            look = {"color": f"C{number}", "marker": "osD^vPX*"[number % 8], "label": name, "capsize": 3}
-            axes.errorbar(places, means, yerr=bars, **look)
+            (line,) = axes.plot(places, means, color=color, marker=MARKERS[number % len(MARKERS)])
+            line.set_gid(name)
+            if len(points) == 1:
+                axes.errorbar(places, means, yerr=spread, fmt="none", ecolor=color, capsize=3)
             low, high = ([mean + sign * std for mean, std in zip(means, spread, strict=True)] for sign in (-1, 1))
-            axes.fill_between(places, low, high, color=f"C{number}", alpha=0.15, lw=0)
+            axes.fill_between(places, low, high, color=color, alpha=0.15, lw=0)
+            for place, mean in zip(places, means, strict=True):
+                if span and not span[0] <= mean <= span[1]:
+                    edge, up = (span[0], 1) if mean < span[0] else (span[1], -1)
+                    axes.annotate(
+                        f"{mean:.1f}", (place, edge), (0, 26 * up), textcoords="offset points", ha="center",
+                        color=color, arrowprops={"arrowstyle": "->", "color": color},
+                    )  # fmt: skip
+        if span:
+            axes.set_ylim(*span)
         axes.set_title(panel.title)
         axes.set_xlabel(LABELS.get(x or RATE, x or RATE))
         unit = f" ({panel.metric.unit})" if panel.metric.unit else ""
         axes.set_ylabel(f"{panel.metric.name}{unit}")
         axes.grid(alpha=0.3)
-        axes.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    show_names_below(made, every)
+    save(made, out)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from scripts.recipes.curves import Point, panels
+from scripts.recipes.curves import Point, draw, panels
 from scripts.recipes.obtained import COLUMNS
 from scripts.recipes.recipe import ROOT, RecipeError, column_names, read_recipe
 from tests import in_process
@@ -103,5 +103,23 @@ def test_the_command_writes_a_picture(tmp_path):
     done = in_process.run([*command, "--x", "sam-sparsity", "--out", out])
     assert done.returncode == 0, done.stderr
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 5000
+    done = in_process.run([*command, "--x", "sam-sparsity", "--y-range", "90", "80", "--out", out])
+    assert done.returncode == 2 and "the lower one first, got 90 80" in done.stderr
     done = in_process.run([*command, "--x", "size", "--out", out])
     assert done.returncode == 1 and done.stderr.startswith("error: --x must be")
+
+
+def test_a_mean_outside_the_range_is_an_arrow_with_its_number(tmp_path, monkeypatch):
+    plots = pytest.importorskip("fairseq_sam.analysis.plots")
+    recipes, drawn = columns("cheaper_imdb"), []
+    passes = {"Baseline": 1.0, "quarter": 1.25, "GA-SAM": 2.0}
+    scores = {"Baseline": 80.0, "quarter": 50.3, "GA-SAM": 99.0}
+    path = write_rows(tmp_path / "obtained.tsv", recipes, lambda recipe, method: scores[method] - 80, passes, passes)
+    monkeypatch.setattr(plots, "save", lambda made, out: drawn.append(made))
+    draw(panels(recipes, path, "passes"), "passes", "long title " * 20, tmp_path / "x.png", (79.0, 83.0))
+    (axes,) = drawn[0].axes
+    middles = {each.get_text(): each.xy for each in axes.texts}
+    assert sorted(middles.values()) == [(1.25, 79.0), (2.0, 83.0)] and axes.get_ylim() == (79.0, 83.0)
+    drawn[0].canvas.draw()
+    title = drawn[0]._suptitle.get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= drawn[0].bbox.width, "the title is in the picture"
