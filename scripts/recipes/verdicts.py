@@ -10,7 +10,7 @@ from scripts.recipes.recipe import Recipe, column_names, read_recipe, recipe_fol
 from scripts.recipes.tables import Row, probability, table_rows
 
 SIGNIFICANT = 0.05
-HEAD = ["recipe", "what is trained", "method", "paper's gain", "our gain", "p", "seeds", "verdict"]
+HEAD = ["recipe", "what the paper trains", "method", "paper's gain", "our gain", "p", "seeds", "verdict"]
 
 
 class Comparison(NamedTuple):
