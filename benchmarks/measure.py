@@ -118,20 +118,22 @@ def peak_bytes(build: Callable[[], Callable[[int], Any]], steps: int, cuda: bool
     return max(itertools.accumulate(size for _, size in sorted(found, key=lambda pair: pair[0])), default=0)
 
 
-def rounds_of(most: int, limit: float, warm_ups: int = WARM_UPS) -> Iterator[tuple[int, bool]]:
+def rounds_of(most: int, limit: float, warm_ups: int = WARM_UPS, cycle: int = 1) -> Iterator[tuple[int, bool]]:
     """Count rounds until there are enough or they have taken too long.
 
     Args:
         most: how many there shall be.
         limit: seconds after which no further one begins, once there are ``FEWEST``.
         warm_ups: how many come before them.
+        cycle: rounds that belong together, such as those of an interval: there are as many whole ones as it takes.
 
     Yields:
         The round's number, and whether it is only a warm-up.
     """
     start = time.monotonic()
-    for number in range(most + warm_ups):
-        if number >= FEWEST + warm_ups and time.monotonic() - start > limit:
+    for number in range(-(-most // cycle) * cycle + warm_ups):
+        is_enough = number >= FEWEST + warm_ups and (number - warm_ups) % cycle == 0
+        if is_enough and time.monotonic() - start > limit:
             return
         yield number, number < warm_ups
 

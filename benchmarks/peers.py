@@ -39,7 +39,8 @@ from fairseq_sam.commands.common import Progress  # noqa: E402
 Closure = Callable[[], Tensor]
 Step = Callable[[Closure], Any]
 RADIUS, RATE = 0.05, 1e-4
-STEPS = 6  # in which memory is measured: LookSAM's period and one more
+INTERVAL = 5  # of LookSAM
+STEPS = INTERVAL + 1  # in which memory is measured
 
 
 # -- peers: from a model, what takes a closure, which runs forward and backward and returns the loss -------------------
@@ -142,7 +143,7 @@ PAIRS: dict[str, tuple[Callable[[nn.Module], Step], Callable[[nn.Module], Step]]
     "two-step loop": (two_step_loop, ours("sam")),
     "pytorch_optimizer SAM": (packaged("SAM"), ours("sam")),
     "pytorch_optimizer GSAM": (packaged_gsam, ours("gsam", gsam_alpha=0.4, epsilon_min=RADIUS, lr_max=RATE)),
-    "pytorch_optimizer LookSAM": (packaged("LookSAM", k=5), ours("look_sam")),
+    "pytorch_optimizer LookSAM": (packaged("LookSAM", k=INTERVAL), ours("look_sam")),
 }
 
 
@@ -160,7 +161,8 @@ def compared(name: str, tokens: int, peer: str, args: Any, clock: Clock, cuda: b
     sides = [Side(name, tokens, build, cuda) for build in PAIRS[peer]]
     weights = sides[0].weight_bytes
     progress, times = Progress(f"{name}, {tokens} tokens, {peer}"), []
-    for number, is_warm_up in rounds_of(args.rounds, args.limit):
+    is_even = "Look" not in peer  # else steps differ, and the sums of whole intervals are compared
+    for number, is_warm_up in rounds_of(args.rounds, args.limit, cycle=1 if is_even else INTERVAL):
         order = (0, 1) if number % 2 else (1, 0)
         found = {place: clock(lambda place=place, number=number: sides[place](number)) for place in order}
         if not is_warm_up:
@@ -169,7 +171,7 @@ def compared(name: str, tokens: int, peer: str, args: Any, clock: Clock, cuda: b
     return {
         "peer (s)": statistics.fmean(a for a, _ in times),
         "ours (s)": statistics.fmean(b for _, b in times),
-        "peer over ours": ratio(times, is_even="Look" not in peer),  # whose steps differ: the sums are compared
+        "peer over ours": ratio(times, is_even),
         "peer copies": (peaks[1] - peaks[0]) / weights,
         "our copies": (peaks[2] - peaks[0]) / weights,
         "rounds": len(times),

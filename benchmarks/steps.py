@@ -87,11 +87,11 @@ def measured(name: str, tokens: int, method: str, args: Any, clock: Clock, cuda:
     base = trainer(model, f"--optimizer {BASE}", tokens, cpu=not cuda, flags=args.flags)
     ours = trainer(model, f"{method} --base-optimizer {BASE}", tokens, cpu=not cuda, flags=args.flags)
     data = batches(model, tokens, len(base.task.source_dictionary))
-    mask_interval = unwrap(ours.optimizer).method.mask_interval
+    settings = unwrap(ours.optimizer).method
     refreshes = collecting_updates(ours, sentences(model, tokens))
     warm_ups = WARM_UPS + refreshes
     progress, rounds, refresh = Progress(f"{name}, {tokens} tokens, {method}"), [], 0.0
-    for number, is_warm_up in rounds_of(args.rounds, args.limit, warm_ups):
+    for number, is_warm_up in rounds_of(args.rounds, args.limit, warm_ups, settings.interval):
         sample = data[number % len(data)]
         passes, forwards = passes_of(ours)
         with quiet():
@@ -119,7 +119,7 @@ def measured(name: str, tokens: int, method: str, args: Any, clock: Clock, cuda:
         "over base": ratio([(each.step, each.base) for each in rounds], is_even),
         "over floor": ratio([(each.step, each.floor) for each in rounds], is_even),
         "beside": "" if cuda else ratio([(each.beside - each.beside_base, each.step) for each in rounds], is_even),
-        "refresh": refresh / (step * mask_interval) if refreshes else "",
+        "refresh": refresh / (step * settings.mask_interval) if refreshes else "",
         "rounds": len(rounds),
     }
 

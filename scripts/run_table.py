@@ -5,9 +5,8 @@
     run_table.py ga_sam_table1_imdb --size mini --methods SAM GA-SAM --seeds 1 2 --jobs 2 --cpu
 
 Started again, it goes on where it stopped: prepared data and finished runs are kept, others continue from their last
-checkpoint. A model
-that the recipe needs, such as bart_small, is trained first, unless ``--set model=FOLDER`` names another. With several
-GPUs there is a job on each at a time; ``--jobs`` says otherwise.
+checkpoint. A model that the recipe needs, such as bart_small, is trained first, unless ``--set model=FOLDER`` names
+another. With several GPUs there is a job on each at a time; ``--jobs`` says otherwise.
 """
 
 import argparse

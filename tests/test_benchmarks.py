@@ -70,6 +70,8 @@ def test_the_peak_is_that_of_the_worst_moment():
 def test_rounds_end_when_they_have_taken_too_long(monkeypatch):
     assert [is_warm_up for _, is_warm_up in measure.rounds_of(4, 100.0)] == [True, True, False, False, False, False]
     assert len(list(measure.rounds_of(10, 0.0))) == measure.WARM_UPS + measure.FEWEST
+    assert len(list(measure.rounds_of(3, 100.0, 0, 5))) == 5 == len(list(measure.rounds_of(20, 0.0, 0, 5)))
+    assert len(list(measure.rounds_of(6, 100.0, 1, 5))) == 11, "whole intervals"
     assert measure.ratio([(2.0, 1.0), (9.0, 3.0), (4.0, 1.0)]) == 3.0
     assert measure.ratio([(2.0, 1.0), (9.0, 3.0), (4.0, 1.0)], is_even=False) == 3.0
 
