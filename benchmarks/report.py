@@ -118,13 +118,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def with_sam(rows: list[Row]) -> list[Row]:
-    """Add delta-SAM's time over SAM's."""
-    seconds = {(row["model"], row["tokens"]): float(row["step (s)"]) for row in rows if row.get("method") == "sam"
-               and "step (s)" in row}  # fmt: skip
-    for row in rows:
-        sam = seconds.get((row["model"], row["tokens"]))
-        if row.get("method") == "delta_sam" and sam and "step (s)" in row:
-            row["over SAM"] = f"{float(row['step (s)']) / sam:g}"
+    """Add delta-SAM's time over SAM's: each over the base optimizer's of its own run, as seconds are not compared."""
+    timed = [row for row in rows if "over base" in row and "step (s)" in row]
+    places = {id(row): (row["model"], row["tokens"], row["device"]) for row in timed}
+    sams = {places[id(row)]: float(row["over base"]) for row in timed if row["method"] == "sam"}
+    for row in timed:
+        sam = sams.get(places[id(row)])
+        if row["method"] == "delta_sam" and sam:
+            row["over SAM"] = f"{float(row['over base']) / sam:g}"
     return rows
 
 

@@ -118,7 +118,7 @@ def draw(shown: Sequence[Panel], x: str | None, title: str, out: Path, span: tup
     """
     from fairseq_sam.analysis.plots import MARKERS, figure, save, show_names_below
 
-    made, every = figure(len(shown), width=5.4, height=4.4)
+    made, every = figure(len(shown), width=7.2 if len(shown) == 1 else 5.4, height=4.8)
     made.suptitle(textwrap.fill(title, int(11 * made.get_figwidth())))
     for axes, panel in zip(every, shown, strict=True):
         for number, (name, level) in enumerate(panel.levels.items()):
