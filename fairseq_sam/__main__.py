@@ -4,6 +4,7 @@ import argparse
 import importlib
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -95,6 +96,8 @@ def with_closed_streams() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, or print the methods, the settings of one, or the folder for ``--user-dir``."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # a scheduler that ends a job stops it as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     with_closed_streams()
     if words and words[0] in COMMANDS:
         try:

@@ -243,9 +243,10 @@ class UpdateBatch:
         return self._collect(results), self._joined_losses({place: losses for place, (_, losses) in pairs.items()})
 
     def _joined_losses(self, losses: Mapping[int, Tensor]) -> Tensor:
-        """One after the other; 0 for a micro-batch without."""
+        """One after the other; NaN for a micro-batch without."""
         like = next(iter(losses.values()), torch.zeros(()))
-        return torch.cat([losses.get(place, like.new_zeros(len(part))) for place, part in self._parts.items()])
+        missing = {place: like.new_full((len(part),), torch.nan) for place, part in self._parts.items()}
+        return torch.cat([losses.get(place, missing[place]) for place in self._parts])
 
     def _collect(self, results: dict[int, Pass]) -> Passes:
         return Passes(results, sum(float(result.sample_size) for result in results.values()))

@@ -17,7 +17,7 @@ from fairseq_sam.adapter.errors import ConfigurationError, end
 from fairseq_sam.adapter.instance_losses import check_criterion
 from fairseq_sam.adapter.regularizers import RegularizedCriterion
 from fairseq_sam.core.axes import TENSOR_GRANULARITIES
-from fairseq_sam.core.method import PRESETS
+from fairseq_sam.core.method import PRESETS, Method
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def check_config(cfg: Any) -> None:
             "--optimizer %s weighs instances by second differences of their losses, which half-precision weights "
             "round away; use --amp, which keeps fp32 weights", name,
         )  # fmt: skip
+    warn_of_no_start(name, method, cfg.optimization)
     chosen = [flag for flag in ("fp16", "bf16", "amp") if getattr(common, flag, False)]
     if len(chosen) > 1:
         raise ValueError(TWO_PRECISIONS.format(*chosen))
@@ -123,6 +124,27 @@ def check_config(cfg: Any) -> None:
         )
     if distributed.pipeline_model_parallel:
         raise ValueError(f"--pipeline-model-parallel is not supported by --optimizer {name}; leave it out")
+
+
+def warn_of_no_start(name: str, method: Method, optimization: Any) -> None:
+    """Say so where a run ends before its method begins; a later one may go on from there.
+
+    Args:
+        name: of the optimizer.
+        method: what it does.
+        optimization: fairseq's section with ``max_epoch`` and ``max_update``, 0 for no end.
+    """
+    ends = {
+        "epoch": (method.start_epoch, getattr(optimization, "max_epoch", 0)),
+        "update": (method.start_update + 1, getattr(optimization, "max_update", 0)),
+    }
+    for what, (start, last) in ends.items():
+        if last and start > last:
+            given = start if what == "epoch" else method.start_update
+            logger.warning(
+                "--optimizer %s is its base optimizer in this run, which ends (--max-%s %d) before the method begins "
+                "(--sam-start-%s %d)", name, what, last, what, given,
+            )  # fmt: skip
 
 
 def check_before_data_is_read() -> None:

@@ -70,11 +70,15 @@ class ClosureBatch:
     Args:
         closure: forward and backward at the current weights, returns the loss.
         sample_size: by what the closure's gradient is divided; 1 for a mean loss.
+        parameters: of which at least one must have a gradient afterwards; none for no check.
     """
 
-    def __init__(self, closure: Callable[[], Loss], sample_size: float = 1.0) -> None:
+    def __init__(
+        self, closure: Callable[[], Loss], sample_size: float = 1.0, parameters: Sequence[Tensor] = ()
+    ) -> None:
         self._closure = closure
         self._sample_size = sample_size
+        self._parameters = parameters
 
     def __len__(self) -> int:
         """Return 1: the closure is one piece."""
@@ -85,11 +89,14 @@ class ClosureBatch:
 
         Raises:
             TypeError: if it does not return its loss.
+            ValueError: if it leaves no gradient.
         """
         with torch.enable_grad():
             loss = self._closure()
         if not isinstance(loss, Tensor | float | int):
             raise TypeError(f"the closure must return the loss, a tensor or a number, got {type(loss).__name__}")
+        if self._parameters and all(p.grad is None for p in self._parameters):
+            raise ValueError("the closure left no gradient in any trained parameter; call loss.backward() in it")
         return PassResult(loss.detach() if isinstance(loss, Tensor) else loss, self._sample_size)
 
     def run_with_losses(self) -> tuple[PassResult, Tensor]:

@@ -35,7 +35,9 @@ class SharpnessAware:
             learning rate of the parameter groups (their ``initial_lr``, where a schedule has set it).
 
     Raises:
-        ValueError: if an option is unknown, out of range or contradicts another.
+        TypeError: if `optimizer` has no parameter groups or `model` is no module.
+        ValueError: if an option is unknown, out of range or contradicts another, or the optimizer trains no parameter
+            of the model.
 
     Methods that need single instances (``Method.needs_instances``) take a batch in place of the closure: an
     ``InstanceBatch``, or any object with its methods (the protocol ``fairseq_sam.core.batch.Batch``).
@@ -64,6 +66,14 @@ class SharpnessAware:
         embeddings: WordEmbeddings | None = None,
         **options: Any,
     ) -> None:
+        if not hasattr(optimizer, "param_groups") or not isinstance(model, nn.Module):
+            raise TypeError(
+                "expected SharpnessAware(optimizer, model), a torch optimizer and the model whose weights it trains, "
+                f"got {type(optimizer).__name__} and {type(model).__name__}"
+            )
+        own = {id(p) for p in model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("the optimizer trains no parameter of the model; give both of the same model")
         self.optimizer = optimizer
         rates = [group.get("initial_lr", group.get("lr", 0.0)) for group in optimizer.param_groups]
         self.method = Method.from_preset(method, **options).with_peak(float(max(rates)))
@@ -141,6 +151,7 @@ class SharpnessAware:
         Raises:
             ValueError: if `sample_size` or `loss_scale` is not positive.
             TypeError: if the closure does not return its loss, or the method needs a batch of instances.
+            ValueError: if the closure leaves no gradient.
         """
         for name, value in (("sample_size", sample_size), ("loss_scale", loss_scale)):
             if not value > 0:
@@ -150,7 +161,7 @@ class SharpnessAware:
         space = self._space()
         with all_or_nothing(space.tensors, space.buffers, self, self._memory):
             if callable(closure):
-                return self._accumulate(ClosureBatch(closure, sample_size), space, loss_scale).loss
+                return self._accumulate(ClosureBatch(closure, sample_size, space.tensors), space, loss_scale).loss
             return self._accumulate_sums(closure, space, loss_scale)
 
     def _accumulate_sums(self, batch: Batch[Any], space: ParameterSpace, loss_scale: float) -> Loss:

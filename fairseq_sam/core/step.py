@@ -193,9 +193,14 @@ class SharpnessAwareStep(Generic[Result]):
         return up, down
 
     def _instance_weights(self, clean: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """``|l(w+r) + l(w-r) - 2 l(w)| / max(|l(w+r) - l(w-r)|, eta)`` of every instance (delta-SAM eq. 5)."""
-        floor = float(self.method.delta_eta or 0.0)
-        return (up + down - 2.0 * at_least_float32(clean)).abs() / (up - down).abs().clamp(min=floor)
+        """``|l(w+r) + l(w-r) - 2 l(w)| / max(|l(w+r) - l(w-r)|, eta)`` of every instance (delta-SAM eq. 5).
+
+        0 where a loss is missing, infinite or NaN: nothing is known of the instance's curvature.
+        """
+        clean = at_least_float32(clean)
+        up, down = up.to(clean), down.to(clean)
+        weights = (up + down - 2.0 * clean).abs() / (up - down).abs().clamp(min=float(self.method.delta_eta or 0.0))
+        return torch.where(torch.isfinite(weights), weights, 0.0)
 
     def _loss_rises(self, batch: Batch[Result]) -> Tensor:
         """By how much the losses of the instances are higher at ``w + a_K`` than at w, under the same masks."""

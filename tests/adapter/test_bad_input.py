@@ -182,6 +182,27 @@ def test_good_flags_reach_the_data():
 
 
 @pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            ["--sam-start-epoch", "3", "--max-epoch", "2"],
+            "(--max-epoch 2) before the method begins (--sam-start-epoch 3)",
+        ),
+        (
+            ["--sam-start-update", "5", "--max-update", "5"],
+            "(--max-update 5) before the method begins (--sam-start-update 5)",
+        ),
+        (["--sam-start-epoch", "2", "--max-epoch", "2", "--sam-start-update", "4", "--max-update", "5"], None),
+        (["--sam-start-epoch", "30", "--max-epoch", "0"], None),
+    ],
+)
+def test_a_run_that_ends_before_its_method_begins_is_told(caplog, flags, line):
+    with caplog.at_level("WARNING", "fairseq_sam"):
+        check_config(runs.configuration(run_flags(*flags)))
+    assert (line in caplog.text) if line else not caplog.text
+
+
+@pytest.mark.parametrize(
     "flags", [["--sam-granularity", "model"], ["--fp16-no-flatten-grads"], ["--memory-efficient-fp16"]]
 )
 def test_what_flat_fp16_asks_for_is_accepted(flags):

@@ -65,6 +65,16 @@ def test_a_stopped_command_goes_on(checkpoints, tmp_path):
     assert table.read_bytes() == (tmp_path / "whole" / "line.tsv").read_bytes()
 
 
+def test_a_scheduler_s_signal_ends_a_command_as_an_interrupt_does(checkpoints, tmp_path):
+    words = ["landscape", checkpoints[1], "--before", checkpoints[0], "--points", "100001", "--num-batches", "2"]
+    command = [sys.executable, "-m", "fairseq_sam", *words, "--max-tokens", "150", "--out", str(tmp_path)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=runs.ROOT)
+    wait_until_rows(tmp_path / "line.tsv", 2, running.pid)
+    running.terminate()
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130 and errors.endswith("stopped\n"), errors
+
+
 def test_nothing_but_progress_is_on_standard_error(checkpoints, tmp_path):
     words = [checkpoints[0], "--points", "2", "--num-batches", "1", "--max-tokens", "150", "--out", str(tmp_path)]
     done = subprocess.run(

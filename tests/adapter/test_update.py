@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
-from fairseq_sam import PRESETS
+from fairseq_sam import PRESETS, InstanceBatch, SharpnessAware
+from fairseq_sam.adapter.batches import UpdateBatch
 from fairseq_sam.adapter.optimizers import unwrap
 from fairseq_sam.core.backup import has_own_memory
+from fairseq_sam.core.step import SharpnessAwareStep
 from tests.adapter import runs
 
 SGD = ["--base-optimizer", "sgd", "--lr", "0.5"]
@@ -345,3 +347,33 @@ def test_an_update_lets_go_of_the_weights_memory(translation_data, scope):
             assert all(has_own_memory(parameter) for parameter in trainer.model.parameters())
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("failing", [(2,), (2, 4), (1, 2, 3, 4)])
+def test_instances_without_a_loss_have_no_weight(failing):
+    """delta-SAM where a forward pass of a micro-batch, at w + r or w - r, does not fit into memory; its pass does."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+    weights, calls = [], []
+
+    class Part(InstanceBatch):
+        def losses(self):
+            calls.append(self)
+            if len(calls) in failing:
+                raise RuntimeError("CUDA out of memory.")
+            return super().losses()
+
+        def run_weighted(self, weigh, *numbers):
+            def noted(*each):
+                weights.append(weigh(*each))
+                return weights[-1]
+
+            return super().run_weighted(noted, *numbers)
+
+    parts = {place: Part(lambda x: model(x).square().sum(1), torch.randn(3, 3).double()) for place in range(2)}
+    sam = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), model, method="delta_sam")
+    step = SharpnessAwareStep(sam.method, sam._space(), scales_loss=False)
+    step.ascend(UpdateBatch(parts, spares_memory=True), lambda gradients, result: (gradients, 1.0))
+    first, second = (bool((each > 0).all()) for each in weights)
+    assert (first, second) == (1 not in failing, False) and float(weights[1].abs().max()) == 0.0
+    assert (float(step.measured.gradient_norm) > 0) == (1 not in failing)

@@ -119,5 +119,6 @@ def test_a_plain_loop_names_its_word_embeddings():
     sam.step(closure)
     clean = torch.tanh(model.words(torch.ones(2, 5, dtype=torch.long)) + model.positions(torch.arange(5)))
     assert all(0 < float((passed - clean).abs().max()) <= 0.02 * 1.001 for passed in seen) and len(seen) == 2
+    plain = nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"SharpnessAware\(\.\.\., embeddings=WordEmbeddings"):
-        SharpnessAware(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1), nn.Linear(1, 1), "freelb")
+        SharpnessAware(torch.optim.SGD(plain.parameters(), lr=0.1), plain, "freelb")

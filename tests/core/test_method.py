@@ -148,7 +148,8 @@ def test_unknown_preset_and_option():
     with pytest.raises(ValueError, match=r"one of sam, asam, .* got 'sma'"):
         Method.from_preset("sma")
     with pytest.raises(ValueError, match="unknown option 'rho'"):
-        SharpnessAware(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0), nn.Linear(1, 1), method="sam", rho=0.05)
+        model = nn.Linear(1, 1)
+        SharpnessAware(torch.optim.SGD(model.parameters(), lr=1.0), model, method="sam", rho=0.05)
 
 
 @pytest.mark.parametrize(("given", "order"), [("l2", 2.0), ("L2", 2.0), ("linf", math.inf), ("3", 3.0), (1.5, 1.5)])
@@ -276,6 +277,12 @@ def test_what_a_plain_loop_may_get_wrong():
     sam = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), model)
     with pytest.raises(TypeError, match=r"closure must return the loss.*NoneType"):
         sam.step(lambda: model(torch.ones(1, 1)).sum().backward())
+    with pytest.raises(ValueError, match=r"no gradient.*call loss\.backward\(\)"):
+        sam.step(lambda: model(torch.ones(1, 1)).sum())
+    with pytest.raises(TypeError, match=r"SharpnessAware\(optimizer, model\).*got Linear and SGD"):
+        SharpnessAware(model, sam.optimizer)
+    with pytest.raises(ValueError, match="no parameter of the model"):
+        SharpnessAware(sam.optimizer, nn.Linear(1, 1))
     for options in ({"sample_size": 0}, {"loss_scale": -1.0}, {"sample_size": math.nan}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be a number > 0"):
             sam.accumulate(lambda: model(torch.ones(1, 1)).sum(), **options)
