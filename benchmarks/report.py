@@ -66,7 +66,7 @@ def _of(*methods: str) -> Callable[[Row], bool]:
 
 
 def _device(name: str) -> Callable[[Row], bool]:
-    return lambda row: row["device"] == name and _is_large(row) and "forwards" in row and float(row["forwards"]) == 0
+    return lambda row: row["device"] == name and _is_large(row)
 
 
 STEPS = (
@@ -77,9 +77,9 @@ STEPS = (
     Target("over base", 1.25, 3, _of("interval 5", "look_sam")),
     Target("over base", 1.00, 2, _of("before the start")),
     Target("over SAM", 1.20, 3),
-    Target("refresh", 0.02, 3, _is_large),
+    Target("refresh", 0.02, 3),
 )
-PEERS = (Target("peer over ours", 1.00, 2, at_least=True),)
+PEERS = (Target("peer over ours", 1.00, 3, at_least=True),)
 MEMORY = (
     Target("copies", 1.0, 1, _of("sam", "asam", "efficient_sam", "delta_sam")),
     Target("copies", 2.0, 1, _of("ga_sam", "gsam", "fisher_sam", "look_sam", "multistep_defense")),

@@ -163,10 +163,11 @@ def test_what_misses_its_target_is_named(tmp_path):
     assert lines == [
         "- M, 4000, asam: over floor 1.020, target at most 1.010",
         "- M, 4000, asam: beside 0.030, target at most 0.020",
+        "- M, 4000, delta_sam: over floor 1.040, target at most 1.010",
         "- M, 4000, delta_sam: over SAM 1.250, target at most 1.200",
-        "- M, 512, P: peer over ours 0.98, target at least 1.00",
+        "- M, 512, P: peer over ours 0.980, target at least 1.000",
     ]
-    assert text.count("✗") == 5 and "1.020 ✗" in text and "1.010 ✗" not in text
+    assert text.count("✗") == 6 and "1.020 ✗" in text and "1.010 ✗" not in text
     report.main(["--results", str(tmp_path), "--readme", str(readme)])
     assert readme.read_text() == text
     readme.write_text("nothing")
