@@ -3,6 +3,7 @@
 import argparse
 import gc
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.models import MODELS, quiet
 from fairseq_sam.analysis.tables import read_rows, write_rows
+from scripts.recipes.obtained import commit
 
 WARM_UPS = 2
 FEWEST = 3  # rounds of a row, however long they take
@@ -28,12 +30,12 @@ class Clock:
     """
 
     def __init__(self, device: str) -> None:
-        self._device = device
+        self.name = device
 
     @property
     def now(self) -> Callable[[], float] | None:
         """The clock itself; None on a GPU, where it is not the host's."""
-        return {"cuda": None, "process": time.process_time}.get(self._device, time.perf_counter)
+        return {"cuda": None, "process": time.process_time}.get(self.name, time.perf_counter)
 
     def __call__(self, work: Callable[[], Any]) -> float:
         """Run work and return its seconds."""
@@ -145,6 +147,13 @@ def ratio(pairs: Sequence[tuple[float, float]], is_even: bool = True) -> float:
     return sum(first for first, _ in pairs) / sum(second for _, second in pairs)
 
 
+def error_of(ratios: Sequence[float]) -> float | str:
+    """Return the standard error of the ratios' median, as of a normal distribution; nothing for one ratio."""
+    if len(ratios) < 2:
+        return ""
+    return math.sqrt(math.pi / 2 / len(ratios)) * statistics.stdev(ratios)
+
+
 def parser_of(description: str | None, kind: str, choices: Sequence[str]) -> argparse.ArgumentParser:
     """Return a parser with what every benchmark takes.
 
@@ -178,9 +187,12 @@ def write_table(args: argparse.Namespace, kind: str, measure: Callable[..., dict
     rows: list[dict[str, Any]] = list(read_rows(args.out))
     for name, tokens, chosen in itertools.product(args.models, args.tokens, getattr(args, f"{kind}s")):
         own = {"model": name, "tokens": tokens, kind: chosen, "device": "GPU" if cuda else "CPU"}
-        if any(all(row[key] == str(value) for key, value in own.items()) for row in rows):
+        # Rows that were measured in another way are others.
+        way = {"clock": clock.name, "flags": getattr(args, "flags", ""), "threads": torch.get_num_threads()}
+        key = {name: str(value) for name, value in {**own, **way}.items()}
+        if any(key.items() <= {name: str(value) for name, value in row.items()}.items() for row in rows):
             continue
-        rows.append({**own, **measure(name, tokens, chosen, clock, cuda)})
+        rows.append({**own, **measure(name, tokens, chosen, clock, cuda), **way, "commit": commit()})
         write_rows(args.out, rows)
         gc.collect()
     print(f"written: {args.out}")

@@ -115,6 +115,26 @@ def packaged(name: str, **options: Any) -> Callable[[nn.Module], Step]:
     return build
 
 
+def frugal_looksam(model: nn.Module) -> Step:
+    """LookSAM of pytorch_optimizer without the passes that it throws away; its documentation has one in every step."""
+    import pytorch_optimizer
+
+    optimizer = pytorch_optimizer.LookSAM(
+        model.parameters(), base_optimizer=torch.optim.Adam, rho=RADIUS, lr=RATE, k=INTERVAL
+    )
+
+    def again(closure: Closure) -> Tensor:
+        optimizer.zero_grad()
+        return closure()
+
+    def step(closure: Closure) -> None:
+        if optimizer.get_step() % INTERVAL == 0:
+            again(closure)
+        optimizer.step(lambda: again(closure))
+
+    return step
+
+
 def packaged_gsam(model: nn.Module) -> Step:
     """GSAM of pytorch_optimizer."""
     import pytorch_optimizer
@@ -144,6 +164,7 @@ PAIRS: dict[str, tuple[Callable[[nn.Module], Step], Callable[[nn.Module], Step]]
     "pytorch_optimizer SAM": (packaged("SAM"), ours("sam")),
     "pytorch_optimizer GSAM": (packaged_gsam, ours("gsam", gsam_alpha=0.4, epsilon_min=RADIUS, lr_max=RATE)),
     "pytorch_optimizer LookSAM": (packaged("LookSAM", k=INTERVAL), ours("look_sam")),
+    "pytorch_optimizer LookSAM, frugal": (frugal_looksam, ours("look_sam")),
 }
 
 

@@ -87,8 +87,8 @@ MEMORY = (
 # Tables: file, columns that are shown with their digits, targets.
 TABLES = {
     "steps": (
-        {"pass (s)": 3, "base (s)": 3, "step (s)": 3, "passes": 2, "over floor": 3, "beside": 3, "over base": 3,
-         "over SAM": 3, "refresh": 3, "rounds": 0},
+        {"pass (s)": 3, "base (s)": 3, "step (s)": 3, "passes": 2, "over floor": 3, "error": 3, "beside": 3,
+         "over base": 3, "over SAM": 3, "refresh": 3, "rounds": 0},
         STEPS,
     ),
     "peers": (
@@ -118,13 +118,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def with_sam(rows: list[Row]) -> list[Row]:
-    """Add delta-SAM's time over SAM's: each over the base optimizer's of its own run, as seconds are not compared."""
+    """Add delta-SAM's time over SAM's where it is not of one run: each over the base optimizer's of its own."""
     timed = [row for row in rows if "over base" in row and "step (s)" in row]
     places = {id(row): (row["model"], row["tokens"], row["device"]) for row in timed}
     sams = {places[id(row)]: float(row["over base"]) for row in timed if row["method"] == "sam"}
     for row in timed:
         sam = sams.get(places[id(row)])
-        if row["method"] == "delta_sam" and sam:
+        if row["method"] == "delta_sam" and sam and not row.get("over SAM"):
             row["over SAM"] = f"{float(row['over base']) / sam:g}"
     return rows
 

@@ -3,12 +3,13 @@
 
     python benchmarks/steps.py --models "LSTM, 5M" "Transformer, 60M" --tokens 512 4000 --out steps.tsv
 
-In one process, on the same batches, in turn: a forward-backward pass, a step of the base optimizer, a step of each
-method. A method's floor is its passes and one update of the base optimizer, of the same round; what is written is the
-median over the rounds of a method's time over its floor, and over the base optimizer's step. "beside" is how much
-longer a step is outside its passes and the update of the weights than the base optimizer's, as a share of the step.
-"refresh" is what making the Fisher mask costs, as a share of the steps for which it is kept. Before the rounds each is
-run twice, unmeasured, or until the mask is made.
+In one process, on the same batches, in turn and each time another one first: a forward-backward pass, a step of the
+base optimizer, a step of the method, for delta-SAM a forward pass and a step of SAM. A method's floor is a step of the
+base optimizer and its further passes, of the same round; what is written is the median over the rounds of a method's
+time over its floor, over the base optimizer's step and over SAM's. "error" is the standard error of the first of them.
+"beside" is how much longer a step is outside its passes and the update of the weights than the base optimizer's, as a
+share of the step. "refresh" is what making the Fisher mask costs, as a share of the steps for which it is kept. Before
+the rounds each is run twice, unmeasured, or until the mask is made.
 """
 
 import math
@@ -24,7 +25,16 @@ sys.path.insert(0, str(ROOT))
 import fairseq.benchmark  # noqa: E402, F401  registers the tasks
 import torch  # noqa: E402
 
-from benchmarks.measure import WARM_UPS, Clock, parser_of, ratio, rounds_of, seconds_inside, write_table  # noqa: E402
+from benchmarks.measure import (  # noqa: E402
+    WARM_UPS,
+    Clock,
+    error_of,
+    parser_of,
+    ratio,
+    rounds_of,
+    seconds_inside,
+    write_table,
+)
 from benchmarks.models import MODELS, batches, quiet, sentences, trainer  # noqa: E402
 from fairseq_sam.adapter.optimizers import unwrap  # noqa: E402
 from fairseq_sam.commands.common import Progress  # noqa: E402
@@ -57,6 +67,7 @@ class Round(NamedTuple):
         beside_base: outside passes and update, in the base optimizer's step.
         passes: passes of the step.
         forwards: its further forward passes.
+        sam: a step of SAM; 0 where it is not run.
     """
 
     one: float
@@ -67,6 +78,7 @@ class Round(NamedTuple):
     beside_base: float
     passes: float
     forwards: float
+    sam: float
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -90,18 +102,19 @@ def measured(name: str, tokens: int, method: str, args: Any, clock: Clock, cuda:
     settings = unwrap(ours.optimizer).method
     refreshes = collecting_updates(ours, sentences(model, tokens))
     warm_ups = WARM_UPS + refreshes
+    sam = trainer(model, f"{METHODS['sam']} --base-optimizer {BASE}", tokens, cpu=not cuda, flags=args.flags) if (
+        settings.forwards
+    ) else None  # fmt: skip
     progress, rounds, refresh = Progress(f"{name}, {tokens} tokens, {method}"), [], 0.0
     for number, is_warm_up in rounds_of(args.rounds, args.limit, warm_ups, settings.interval):
-        sample = data[number % len(data)]
         passes, forwards = passes_of(ours)
-        with quiet():
-            one = clock(lambda sample=sample: forward_backward(base, sample))
-            forward = clock(lambda sample=sample: forward_only(base, sample)) if forwards else 0.0
-            plain, beside_base = step_of(base, sample, clock)
-            step, beside = step_of(ours, sample, clock)
-        floor = plain + (passes - 1) * one + forwards * forward
+        found = one_round(number, data[number % len(data)], clock, base, ours, sam)
+        floor = found["base"][0] + (passes - 1) * found["one"][0] + forwards * found["forward"][0]
+        step, beside = found["step"]
         if not is_warm_up:
-            rounds.append(Round(one, plain, step, floor, beside, beside_base, passes, forwards))
+            counts = {"passes": passes, "forwards": forwards}
+            times = {"one": found["one"][0], "base": found["base"][0], "sam": found["sam"][0]}
+            rounds.append(Round(**times, **counts, step=step, floor=floor, beside=beside, beside_base=found["base"][1]))
         elif number < refreshes:
             refresh += step - floor
         progress(number + 1, args.rounds + warm_ups)
@@ -118,10 +131,38 @@ def measured(name: str, tokens: int, method: str, args: Any, clock: Clock, cuda:
         "step (s)": step,
         "over base": ratio([(each.step, each.base) for each in rounds], is_even),
         "over floor": ratio([(each.step, each.floor) for each in rounds], is_even),
+        "error": error_of([each.step / each.floor for each in rounds]) if is_even else "",
+        "over SAM": ratio([(each.step, each.sam) for each in rounds]) if sam is not None else "",
         "beside": "" if cuda else ratio([(each.beside - each.beside_base, each.step) for each in rounds], is_even),
         "refresh": refresh / (step * settings.mask_interval) if refreshes else "",
         "rounds": len(rounds),
     }
+
+
+def one_round(number: int, sample: Any, clock: Clock, base: Any, ours: Any, sam: Any) -> dict[str, tuple[float, float]]:
+    """Run each piece of work once; return its seconds, and those beside passes and update where it is a step.
+
+    Args:
+        number: of the round, which says what comes first.
+        sample: a batch.
+        clock: what counts the seconds.
+        base: trainer of the base optimizer.
+        ours: trainer of the method.
+        sam: trainer of SAM, where forward passes and SAM's steps are measured too; else None.
+    """
+    works: dict[str, Callable[[], tuple[float, float]]] = {
+        "one": lambda: (clock(lambda: forward_backward(base, sample)), 0.0),
+        "base": lambda: step_of(base, sample, clock),
+        "step": lambda: step_of(ours, sample, clock),
+    }
+    if sam is not None:
+        works["forward"] = lambda: (clock(lambda: forward_only(base, sample)), 0.0)
+        works["sam"] = lambda: step_of(sam, sample, clock)
+    names = list(works)
+    first = number % len(names)
+    with quiet():
+        found = {name: works[name]() for name in names[first:] + names[:first]}
+    return {"forward": (0.0, 0.0), "sam": (0.0, 0.0), **found}
 
 
 def step_of(made: Any, sample: Any, clock: Clock) -> tuple[float, float]:

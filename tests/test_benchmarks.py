@@ -29,13 +29,14 @@ def tiny(monkeypatch):
 
 def test_seconds_inside_are_counted_once():
     """A call inside another counts with it; functions are as before afterwards."""
-    things = SimpleNamespace(outer=lambda: (things.inner(), time.sleep(0.02)), inner=lambda: time.sleep(0.03))
+    passed = []
+    things = SimpleNamespace(outer=lambda: (things.inner(), passed.append(2)), inner=lambda: passed.append(3))
     outer, inner = things.outer, things.inner
-    with measure.seconds_inside(time.perf_counter, (things, "outer"), (things, "inner")) as inside:
+    with measure.seconds_inside(lambda: sum(passed), (things, "outer"), (things, "inner")) as inside:
         things.outer()
         things.inner()
-        time.sleep(0.05)
-    assert 0.08 <= inside[0] < 0.12
+        passed.append(5)
+    assert inside[0] == 8
     assert (things.outer, things.inner) == (outer, inner)
 
 
@@ -101,6 +102,53 @@ def test_a_table_of_steps(tiny, tmp_path):
     before = out.read_text()
     steps.main([*arguments, "--methods", "sam"])
     assert out.read_text() == before
+
+
+class Counted:
+    """A clock that work moves on by known seconds: 1 a pass, 0.25 a forward pass, 1.5 to 5 a step."""
+
+    def __init__(self, monkeypatch, slow):
+        self.seconds, self.order, self.slow = 0.0, [], slow
+        monkeypatch.setattr(steps, "forward_backward", lambda *args: self.pass_by("pass", 1.0))
+        monkeypatch.setattr(steps, "forward_only", lambda *args: self.pass_by("forward", 0.25))
+        monkeypatch.setattr(steps, "step_of", self.step_of)
+
+    def __call__(self, work):
+        start = self.seconds
+        work()
+        return self.seconds - start
+
+    def pass_by(self, name, seconds):
+        self.order.append(name)
+        self.seconds += seconds
+
+    def step_of(self, made, sample, clock):
+        optimizer = steps.unwrap(made.optimizer)
+        name = "base" if optimizer is None else optimizer.method.name
+        self.order.append(name)
+        more = 2.0 if self.order.count(name) <= self.slow.get(name, 0) else 0.0
+        return {"base": (1.5, 0.1), "sam": (3.0, 0.2), "delta_sam": (3.3, 0.43), "fisher_sam": (3.0 + more, 0.2)}[name]
+
+
+def test_the_columns_of_a_row_of_steps(tiny, monkeypatch):
+    options = SimpleNamespace(rounds=3, limit=100.0, flags="")
+    collecting = -(-128 // models.sentences(TINY, 24))
+    clock, row = Counted(monkeypatch, {"fisher_sam": collecting}), {}
+    for method in ("sam", "delta_sam", "fisher_sam"):
+        clock.order.clear()
+        row[method] = steps.measured(tiny, 24, steps.METHODS[method], options, clock, False)
+        works = 5 if method == "delta_sam" else 3
+        firsts = clock.order[::works]
+        assert len(set(firsts[:works])) == works, "each comes first in its turn"
+    sam, delta, fisher = row["sam"], row["delta_sam"], row["fisher_sam"]
+    assert sam["over floor"] == pytest.approx(3.0 / 2.5) and sam["over base"] == pytest.approx(2.0)
+    assert sam["beside"] == pytest.approx(0.1 / 3.0) and sam["over SAM"] == sam["refresh"] == ""
+    assert delta["over floor"] == pytest.approx(3.3 / 3.0) and delta["error"] == pytest.approx(0.0, abs=1e-9)
+    assert delta["over SAM"] == pytest.approx(1.1) and delta["beside"] == pytest.approx(0.1)
+    assert fisher["over floor"] == pytest.approx(1.2)
+    assert fisher["refresh"] == pytest.approx(collecting * 2.5 / (3.0 * 100))
+    assert measure.error_of([1.0, 1.2, 1.1]) == pytest.approx(1.2533 * 0.1 / 3**0.5, rel=1e-4)
+    assert measure.error_of([1.0]) == ""
 
 
 def test_a_table_of_peers(tiny, tmp_path):

@@ -99,7 +99,7 @@ def _measured(job: Job) -> dict[str, str]:
         "passes": f"{summary['passes']:.3f}",
         "versions": versions(),
         "hardware": hardware(job.cpu),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -154,7 +154,8 @@ def method_flags(job: Job) -> str:
     return flags.replace(f"--sam-epsilon {AUTO}", f"--sam-epsilon {AUTO} (found: {found[-1] if found else 'nothing'})")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the checkout; empty where there is none."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     return done.stdout.strip() if done.returncode == 0 else ""
 
