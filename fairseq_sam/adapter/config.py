@@ -156,11 +156,12 @@ def check_before_data_is_read() -> None:
     if getattr(tasks.setup_task, "checks_sharpness_aware_config", False):
         return
     plain_setup_task, plain_call_main = tasks.setup_task, distributed_utils.call_main
+    checked: list[Any] = []  # the configuration of the run, so that it is not warned of twice
 
     @functools.wraps(plain_setup_task)
     def setup_task(cfg: Any, **kwargs: Any) -> Any:
         root = _root(cfg)
-        if root is not None:
+        if root is not None and not any(each is root for each in checked):
             _refuse_in_one_line(root)
         return plain_setup_task(cfg, **kwargs)
 
@@ -168,7 +169,11 @@ def check_before_data_is_read() -> None:
     def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
         if isinstance(cfg, DictConfig):
             _refuse_in_one_line(cfg)
-        return plain_call_main(cfg, main, **kwargs)
+            checked[:] = [cfg]
+        try:
+            return plain_call_main(cfg, main, **kwargs)
+        finally:
+            checked.clear()
 
     setup_task.checks_sharpness_aware_config = True  # type: ignore[attr-defined]
     tasks.setup_task, distributed_utils.call_main = setup_task, call_main

@@ -202,6 +202,19 @@ def test_a_run_that_ends_before_its_method_begins_is_told(caplog, flags, line):
     assert (line in caplog.text) if line else not caplog.text
 
 
+def test_a_run_is_warned_once(caplog):
+    """Though it is checked before workers are started, and where a task is set up."""
+    from fairseq import tasks
+    from fairseq.distributed import utils
+
+    cfg = runs.configuration(run_flags("--sam-start-epoch", "3", "--max-epoch", "2"))
+    for _ in range(2):
+        with caplog.at_level("WARNING", "fairseq_sam"), pytest.raises(FileNotFoundError, match="/nowhere/data-bin"):
+            utils.call_main(cfg, lambda cfg: tasks.setup_task(cfg.task))
+        assert caplog.text.count("before the method begins") == 1
+        caplog.clear()
+
+
 @pytest.mark.parametrize(
     "flags", [["--sam-granularity", "model"], ["--fp16-no-flatten-grads"], ["--memory-efficient-fp16"]]
 )
