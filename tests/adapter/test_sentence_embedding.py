@@ -435,7 +435,7 @@ def test_through_the_command(language_model_data, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (done.stdout + done.stderr).splitlines()
     training = [line for line in lines if "| train_inner |" in line]
-    assert len(training) == 3 and all("sam_forwards=3" in line and "sam_sharp=" in line for line in training)
+    assert len(training) == 3 and all("sam_forwards=2" in line and "sam_sharp=" in line for line in training)
     assert any("| valid |" in line and "loss " in line for line in lines)
     assert runs.load(tmp_path / "checkpoint_last.pt")["cfg"]["criterion"]["temperature"] == TEMPERATURE
 
