@@ -93,8 +93,15 @@ def two_step_loop(model: nn.Module) -> Step:
     return step
 
 
-def packaged(name: str, **options: Any) -> Callable[[nn.Module], Step]:
-    """SAM or LookSAM of pytorch_optimizer."""
+def packaged(name: str, interval: int = 1, **options: Any) -> Callable[[nn.Module], Step]:
+    """SAM or LookSAM of pytorch_optimizer.
+
+    Args:
+        name: which.
+        interval: steps from one first pass to the next. LookSAM's documentation has one in every step, and throws away
+            those between.
+        options: of the optimizer.
+    """
 
     def build(model: nn.Module) -> Step:
         import pytorch_optimizer
@@ -107,32 +114,13 @@ def packaged(name: str, **options: Any) -> Callable[[nn.Module], Step]:
             return closure()
 
         def step(closure: Closure) -> None:
-            again(closure)
+            if interval == 1 or optimizer.get_step() % interval == 0:
+                again(closure)
             optimizer.step(lambda: again(closure))
 
         return step
 
     return build
-
-
-def frugal_looksam(model: nn.Module) -> Step:
-    """LookSAM of pytorch_optimizer without the passes that it throws away; its documentation has one in every step."""
-    import pytorch_optimizer
-
-    optimizer = pytorch_optimizer.LookSAM(
-        model.parameters(), base_optimizer=torch.optim.Adam, rho=RADIUS, lr=RATE, k=INTERVAL
-    )
-
-    def again(closure: Closure) -> Tensor:
-        optimizer.zero_grad()
-        return closure()
-
-    def step(closure: Closure) -> None:
-        if optimizer.get_step() % INTERVAL == 0:
-            again(closure)
-        optimizer.step(lambda: again(closure))
-
-    return step
 
 
 def packaged_gsam(model: nn.Module) -> Step:
@@ -164,7 +152,7 @@ PAIRS: dict[str, tuple[Callable[[nn.Module], Step], Callable[[nn.Module], Step]]
     "pytorch_optimizer SAM": (packaged("SAM"), ours("sam")),
     "pytorch_optimizer GSAM": (packaged_gsam, ours("gsam", gsam_alpha=0.4, epsilon_min=RADIUS, lr_max=RATE)),
     "pytorch_optimizer LookSAM": (packaged("LookSAM", k=INTERVAL), ours("look_sam")),
-    "pytorch_optimizer LookSAM, frugal": (frugal_looksam, ours("look_sam")),
+    "pytorch_optimizer LookSAM, frugal": (packaged("LookSAM", INTERVAL, k=INTERVAL), ours("look_sam")),
 }
 
 
