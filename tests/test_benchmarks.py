@@ -89,6 +89,14 @@ def test_memory_is_that_of_the_card(method):
         assert facts["copies"] == COPIES[method]
 
 
+def test_memory_while_the_fisher_mask_is_made():
+    """Weights, the sums of before and after the update, the mask of before and after: what an undone update needs."""
+    name, tokens, facts = "Transformer, 1M", 256, {}  # 6 updates of 8 instances do not end the collection of 128
+    base = memory.peak(name, tokens, "--optimizer adam", "", False, {})
+    own = memory.peak(name, tokens, "--optimizer fisher_sam --base-optimizer adam", "", False, facts)
+    assert (own - base) / facts["bytes"] == pytest.approx(3.5, abs=0.06)
+
+
 def test_a_table_of_steps(tiny, tmp_path):
     """The floor is counted in the passes of the method; a row that is there is not measured again."""
     out = tmp_path / "steps.tsv"

@@ -35,6 +35,10 @@ def wrap_trainer() -> None:
             update.log()
             optimizer.end_update()
             return result
+        except FloatingPointError:
+            optimizer.undo_update()
+            update.explain_failure()
+            raise
         except BaseException:
             optimizer.undo_update()
             raise

@@ -89,6 +89,10 @@ class SharpnessAwareTrainStep:
         """Log what was measured in the update."""
         self._log.write(self._space.tensors[0].dtype)
 
+    def explain_failure(self) -> None:
+        """Tell the user whether the update has failed because of its perturbation."""
+        self._log.explain_failure(self._trainer.get_num_updates())
+
     def __call__(
         self,
         sample: Any,

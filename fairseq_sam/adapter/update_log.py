@@ -91,6 +91,22 @@ class UpdateLog:
             metrics.log_scalar("sam_skipped", _value(self._optimizer.num_skipped), weight=0)
         self._unread = []
 
+    def explain_failure(self, update: int) -> None:
+        """Say that fairseq has ended the run because of the perturbation, if every micro-batch was fine before it.
+
+        Args:
+            update: its number.
+        """
+        norms = [_value(logged["sam_eps"][0]) for logged in self._unread if "sam_eps" in logged]
+        if not norms or len(norms) < len(self._unread) or not all(norm > 0 for norm in norms):
+            return  # a zero is a gradient that was not finite at the unperturbed weights: ε is not the reason
+        logger.error(
+            "update %d failed at perturbed weights (--sam-epsilon %g, norm of the perturbation %.3g); its gradient "
+            "before the perturbation was finite. Try --sam-epsilon %g, or --sam-epsilon auto, or a later "
+            "--sam-start-epoch",
+            update, self._method.epsilon, max(norms), self._method.epsilon / 10,
+        )  # fmt: skip
+
     def _warn_of_rounding(self, survived: float, dtype: torch.dtype) -> None:
         told = self._optimizer.has_warned_of_rounding or self._optimizer.has_new_masters
         if survived < LEAST_SURVIVED and not told:

@@ -1,5 +1,6 @@
 """The descent gradient: what the base optimizer gets, from the gradients of all passes."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from fairseq_sam.core.method import Method
 from fairseq_sam.core.tensors import Flag, Gradients, dense, is_own, kept, known
 
 BLOCK = 2**16  # numbers whose products are added up in float32
+SMALL = 1e-20  # sums below it may have lost products that float32 has no numbers for
 
 # From this process's part of a gradient: the whole gradient, summed over workers.
 Reduce = Callable[[Gradients], Gradients]
@@ -128,7 +130,7 @@ DESCENTS: dict[str, type[Descent]] = {
 def sharpness_component(clean: Gradients, last: Gradients) -> Gradients:
     """Component of the last pass's gradient that is orthogonal to the clean one (LookSAM, Algorithm 1)."""
     ratio = projection_ratio(last, clean)
-    return [_minus(g, None if c is None else c * ratio.to(c.device, c.dtype)) for g, c in zip(last, clean, strict=True)]
+    return [_without(g, c, ratio) for g, c in zip(last, clean, strict=True)]
 
 
 def add_component(
@@ -137,7 +139,7 @@ def add_component(
     """``g + alpha ||g|| / ||v|| v`` (LookSAM, Algorithm 1); g where v is 0.
 
     Args:
-        gradients: g, or this worker's part of it.
+        gradients: g, or this worker's part of it; overwritten.
         component: v, the same on all workers.
         alpha: weight of the component, >= 0.
         reduce: makes g from its parts.
@@ -151,8 +153,12 @@ def add_component(
     factor = alpha * dot(whole, whole).sqrt() / (length * num_workers)
 
     def with_part(g: Tensor, v: Tensor) -> Tensor:
+        if usable is True and is_own(g, v):
+            return g.addcmul_(v, factor.to(v.device, v.dtype))
         part = v * factor.to(v.device)
         part = (kept(part, usable) if isinstance(usable, Tensor) else part).to(g.dtype)
+        if is_own(g, part):
+            return g.add_(part)
         return part + g if g.is_sparse else g + part  # torch adds sparse tensors to dense ones, not the reverse
 
     return [g if v is None or g is None else with_part(g, v) for g, v in zip(gradients, component, strict=True)]
@@ -166,21 +172,32 @@ def projection_ratio(of: Gradients, on: Gradients) -> Tensor:
 
 def dot(first: Gradients, second: Gradients) -> Tensor:
     """Inner product of two gradients taken as vectors, in float64; a missing gradient counts as 0."""
-    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    pairs = [
+        (dense(a).reshape(-1), dense(b).reshape(-1))
+        for a, b in zip(first, second, strict=True)
+        if a is not None and b is not None
+    ]
     if not pairs:
         return torch.zeros((), dtype=torch.float64)
+    found = _cpu_dot(pairs)
+    if found is not None:
+        return found
     device = pairs[0][0].device
-    products = [_dot(dense(a).reshape(-1), dense(b).reshape(-1)).to(device) for a, b in pairs]
-    return torch.stack(products).sum()
+    return torch.stack([torch.dot(a.double(), b.double()).to(device) for a, b in pairs]).sum()
 
 
-def _dot(first: Tensor, second: Tensor) -> Tensor:
-    if first.device.type == "cpu" and first.dtype == second.dtype == torch.float32:
-        blocks = zip(torch.split(first, BLOCK), torch.split(second, BLOCK), strict=True)
-        found = torch.stack([torch.dot(a, b) for a, b in blocks]).sum(dtype=torch.float64)
-        if torch.isfinite(found):  # else a product may be out of the range of float32
-            return found
-    return torch.dot(first.double(), second.double())
+def _cpu_dot(pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """The sum of float32 vectors' products on the CPU, where torch is slow with another type; None for all others.
+
+    Blocks are short enough for float32.
+    """
+    if any(each.device.type != "cpu" or each.dtype != torch.float32 for pair in pairs for each in pair):
+        return None
+    blocks = [
+        torch.dot(x, y) for a, b in pairs for x, y in zip(torch.split(a, BLOCK), torch.split(b, BLOCK), strict=True)
+    ]
+    found = torch.stack(blocks).sum(dtype=torch.float64)
+    return found if SMALL < abs(float(found)) < math.inf else None  # else products leave the range of float32
 
 
 def _surrogate(last: Tensor | None, clean: Tensor | None, alpha: float, ratio: Tensor) -> Tensor | None:
@@ -196,10 +213,16 @@ def _surrogate(last: Tensor | None, clean: Tensor | None, alpha: float, ratio: T
     return torch.sub(last, clean.addcmul(last, factor, value=-1.0), alpha=alpha)
 
 
-def _minus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if second is None:
-        return first
-    return -second if first is None else first - second
+def _without(gradient: Tensor | None, other: Tensor | None, factor: Tensor) -> Tensor | None:
+    """A gradient minus the product of another one and a factor; a missing one is 0."""
+    if other is None:
+        return gradient
+    factor = factor.to(other.device, other.dtype)
+    if gradient is None:
+        return -(other * factor)
+    if gradient.is_sparse or other.is_sparse or gradient.dtype != other.dtype:
+        return gradient - other * factor
+    return torch.addcmul(gradient, other, factor, value=-1.0)
 
 
 def _where(flag: Tensor, gradient: Tensor | None, other: Tensor | None) -> Tensor | None:

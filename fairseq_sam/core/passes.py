@@ -86,11 +86,11 @@ def reuse(
     """
     result, prior, gradients = run_apart(space, batch)
     if shared:
-        gradients, prior = add_all(prior, gradients), [None] * len(prior)
+        gradients, prior = add_all(prior, gradients, overwrite=True), [None] * len(prior)
     if finish or not shared:
         alpha = float(method.look_alpha or 0.0)
         gradients = add_component(gradients, memory.component_of(space), alpha, reduce, num_workers)
-    space.put_gradients(add_all(prior, gradients))
+    space.put_gradients(add_all(prior, gradients, overwrite=True))
     return result
 
 

@@ -67,6 +67,45 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_before_the_batch(
     assert runs.same_state(kept, crashed["last_optimizer_state"]["sharpness_aware"])
 
 
+# The others go on: a perturbation that has no finite gradient or losses is dropped, a step of given rate stays small.
+# What throws freelb is the random perturbation that it begins with.
+HURT = [
+    pair for pair in runs.SCOPED if pair[0] not in {"multistep_defense", "delta_sam", "model_perturbation", "freelb"}
+]
+
+
+@pytest.mark.parametrize(("preset", "scope"), HURT)
+def test_a_perturbation_that_ends_the_run_is_named(translation_data, caplog, tmp_path, preset, scope):
+    """The flag, its value and what to do stand in the log beside fairseq's error."""
+    huge = ("--sam-epsilon", "1e30", "--sam-scope", scope, "--save-dir", str(tmp_path))
+    trainer, batches = build(translation_data, preset, *huge, "--update-freq", "2")
+    before = weights(trainer)
+    with pytest.raises(FloatingPointError, match="gradients are Nan/Inf"):
+        trainer.train_step(batches[:2])
+    assert runs.same_bits(before, weights(trainer))
+    assert "update 0 failed at perturbed weights (--sam-epsilon 1e+30, norm of the perturbation" in caplog.text
+    assert "Try --sam-epsilon 1e+29, or --sam-epsilon auto" in caplog.text
+
+
+@pytest.mark.parametrize("poisoned", [(0,), (1,), (0, 1)])
+def test_a_batch_that_ends_the_run_is_not_blamed_on_the_perturbation(
+    translation_data, monkeypatch, caplog, tmp_path, poisoned
+):
+    """The loss of a batch is not finite at the unperturbed weights either: a smaller radius would not help."""
+    trainer, batches = build(translation_data, "sam", "--update-freq", "2", "--save-dir", str(tmp_path))
+    ids = {number for place in poisoned for number in batches[place]["id"].tolist()}
+    original = type(trainer.criterion).compute_loss
+
+    def compute_loss(self, model, net_output, sample, reduce=True):
+        loss, nll = original(self, model, net_output, sample, reduce)
+        return (loss * math.nan if ids & set(sample["id"].tolist()) else loss), nll
+
+    monkeypatch.setattr(type(trainer.criterion), "compute_loss", compute_loss)
+    with pytest.raises(FloatingPointError, match="gradients are Nan/Inf"):
+        trainer.train_step(batches[:2])
+    assert "failed at perturbed weights" not in caplog.text
+
+
 @pytest.mark.parametrize(("preset", "scope"), runs.SCOPED)
 @pytest.mark.parametrize("empty", [{}, None], ids=["empty", "none"])
 def test_an_update_without_a_sample_changes_nothing(translation_data, preset, scope, empty):

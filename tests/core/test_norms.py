@@ -1,10 +1,11 @@
-"""Norms of float32 tensors on the CPU, which are added up in blocks, against float64."""
+"""Norms and inner products of float32 tensors on the CPU, which are added up in blocks, against float64."""
 
 import math
 
 import pytest
 import torch
 
+from fairseq_sam.core import descent
 from fairseq_sam.core.norms import BLOCK, tensor_norms, vector_norm
 
 ORDERS = (2.0, math.inf, 3.0)
@@ -56,3 +57,19 @@ def test_other_types_strides_and_shapes(p):
     expected = [float(torch.linalg.vector_norm(tensor.double(), p)) for tensor in tensors]
     assert [float(norm) for norm in tensor_norms(tensors, p)] == pytest.approx(expected, rel=1e-6)
     assert tensor_norms([], p) == []
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-25, 1e-19, 1e-11, 1.0, 1e14, 1e19, 1e25])
+def test_inner_products_of_any_size(size):
+    """Over several blocks, tensors of any shape, and missing ones."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(descent.BLOCK + 5,), None, (3, 7, 11), (descent.BLOCK, 2), (1,)]
+    first = [None if s is None else torch.randn(s, generator=generator).clamp(-1, 1) * size for s in shapes]
+    second = [
+        None if f is None else 0.5 * f + torch.randn(f.shape, generator=generator).clamp(-1, 1) * size for f in first
+    ]
+    second[1], second[4] = torch.ones(3), None
+    pairs = [(f, s) for f, s in zip(first, second, strict=True) if f is not None and s is not None]
+    expected = sum(float((f.double() * s.double()).sum()) for f, s in pairs)
+    assert float(descent.dot(first, second)) == pytest.approx(expected, rel=1e-5)
+    assert float(descent.dot(first, [None] * 5)) == 0.0
