@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     text = args.readme.read_text(encoding="utf-8")
     for name, (columns, targets) in TABLES.items():
-        rows = with_sam(read_rows(args.results / f"{name}.tsv"))
+        rows = read_rows(args.results / f"{name}.tsv")
         parts = [table(rows, columns, targets), missed(rows, targets)]
         text = put_between(text, BEGIN.format(name), END, "\n\n".join(parts))
     growth = read_rows(args.results / "growth.tsv")
@@ -115,18 +115,6 @@ def main(arguments: Sequence[str]) -> None:
     if growth:
         draw(growth, args.results / "growth.png")
     print(f"written: {args.readme}")
-
-
-def with_sam(rows: list[Row]) -> list[Row]:
-    """Add delta-SAM's time over SAM's where it is not of one run: each over the base optimizer's of its own."""
-    timed = [row for row in rows if "over base" in row and "step (s)" in row]
-    places = {id(row): (row["model"], row["tokens"], row["device"]) for row in timed}
-    sams = {places[id(row)]: float(row["over base"]) for row in timed if row["method"] == "sam"}
-    for row in timed:
-        sam = sams.get(places[id(row)])
-        if row["method"] == "delta_sam" and sam and not row.get("over SAM"):
-            row["over SAM"] = f"{float(row['over base']) / sam:g}"
-    return rows
 
 
 def table(rows: Sequence[Row], columns: dict[str, int], targets: Iterable[Target]) -> str:

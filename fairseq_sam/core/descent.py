@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sam.core.method import Method
+from fairseq_sam.core.norms import vector_norm
 from fairseq_sam.core.tensors import Flag, Gradients, dense, is_own, kept, known
 
 BLOCK = 2**16  # numbers whose products are added up in float32
@@ -134,23 +135,27 @@ def sharpness_component(clean: Gradients, last: Gradients) -> Gradients:
 
 
 def add_component(
-    gradients: Gradients, component: Gradients, alpha: float, reduce: Reduce = local, num_workers: int = 1
+    gradients: Gradients,
+    component: Gradients,
+    length: Tensor,
+    alpha: float,
+    reduce: Reduce = local,
+    num_workers: int = 1,
 ) -> Gradients:
     """``g + alpha ||g|| / ||v|| v`` (LookSAM, Algorithm 1); g where v is 0.
 
     Args:
         gradients: g, or this worker's part of it; overwritten.
         component: v, the same on all workers.
+        length: ``||v||``, a 0-dimensional tensor.
         alpha: weight of the component, >= 0.
         reduce: makes g from its parts.
         num_workers: how many workers' results are summed later, each with its share of the component.
     """
-    length = dot(component, component).sqrt()
     usable = known(torch.isfinite(length) & (length > 0))
     if alpha == 0 or usable is False:
         return gradients
-    whole = reduce(gradients)
-    factor = alpha * dot(whole, whole).sqrt() / (length * num_workers)
+    factor = alpha * length_of(reduce(gradients)).to(length.device) / (length * num_workers)
 
     def with_part(g: Tensor, v: Tensor) -> Tensor:
         if usable is True and is_own(g, v):
@@ -165,9 +170,15 @@ def add_component(
 
 
 def projection_ratio(of: Gradients, on: Gradients) -> Tensor:
-    """``<of, on> / ||on||^2``, 0 where `on` is 0."""
+    """``<of, on> / ||on||^2``, 0 where `on` is 0; exactly 1 for equal ones."""
     square = dot(on, on)
-    return torch.where(square > 0, dot(of, on) / square, torch.zeros_like(square))
+    return torch.where(square > 0, dot(of, on).to(square.device) / square, torch.zeros_like(square))
+
+
+def length_of(gradients: Gradients) -> Tensor:
+    """Euclidean norm of a gradient taken as a vector, in float64; a missing gradient counts as 0."""
+    present = [dense(g) for g in gradients if g is not None]
+    return vector_norm(present, 2.0) if present else torch.zeros((), dtype=torch.float64)
 
 
 def dot(first: Gradients, second: Gradients) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fairseq_sam.core.backup import Room
+from fairseq_sam.core.descent import length_of
 from fairseq_sam.core.fisher import SquaredGradients, top_mask
 from fairseq_sam.core.method import Method
 from fairseq_sam.core.space import ParameterSpace
@@ -32,7 +33,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.mask: Named | None = None
-        self.component: Named | None = None
+        self.component = None
         self.radii: tuple[float, ...] = ()
         self.epsilon: float | None = None
         self.searched_with: dict[str, Any] = {}
@@ -100,6 +101,23 @@ class Memory:
         return _on_devices(self.mask or {}, space)
 
     # -- the sharpness component -----------------------------------------------------------------------------------
+
+    @property
+    def component(self) -> Named | None:
+        """The sharpness component of the last sharpness-aware update, by name of parameter."""
+        return self._component
+
+    @component.setter
+    def component(self, component: Named | None) -> None:
+        self._component = component
+        self._length: tuple[int, Tensor] | None = None  # of how many tensors, and what it is
+
+    def length_of_component(self, component: Gradients) -> Tensor:
+        """Return the Euclidean norm of what ``component_of`` returned, in float64; computed once for all updates."""
+        number = sum(part is not None for part in component)
+        if self._length is None or self._length[0] != number:
+            self._length = number, length_of(component)
+        return self._length[1]
 
     def component_of(self, space: ParameterSpace) -> Gradients:
         """Return the sharpness component, in the order of the space."""

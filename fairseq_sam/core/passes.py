@@ -88,8 +88,10 @@ def reuse(
     if shared:
         gradients, prior = add_all(prior, gradients, overwrite=True), [None] * len(prior)
     if finish or not shared:
-        alpha = float(method.look_alpha or 0.0)
-        gradients = add_component(gradients, memory.component_of(space), alpha, reduce, num_workers)
+        alpha, component = float(method.look_alpha or 0.0), memory.component_of(space)
+        gradients = add_component(
+            gradients, component, memory.length_of_component(component), alpha, reduce, num_workers
+        )
     space.put_gradients(add_all(prior, gradients, overwrite=True))
     return result
 
