@@ -35,9 +35,9 @@ def wrap_trainer() -> None:
             update.log()
             optimizer.end_update()
             return result
-        except FloatingPointError:
+        except FloatingPointError as error:
             optimizer.undo_update()
-            update.explain_failure()
+            update.explain_failure(error)
             raise
         except BaseException:
             optimizer.undo_update()

@@ -89,9 +89,9 @@ class SharpnessAwareTrainStep:
         """Log what was measured in the update."""
         self._log.write(self._space.tensors[0].dtype)
 
-    def explain_failure(self) -> None:
+    def explain_failure(self, error: FloatingPointError) -> None:
         """Tell the user whether the update has failed because of its perturbation."""
-        self._log.explain_failure(self._trainer.get_num_updates())
+        self._log.explain_failure(self._trainer.get_num_updates(), error)
 
     def __call__(
         self,

@@ -91,12 +91,16 @@ class UpdateLog:
             metrics.log_scalar("sam_skipped", _value(self._optimizer.num_skipped), weight=0)
         self._unread = []
 
-    def explain_failure(self, update: int) -> None:
+    def explain_failure(self, update: int, error: FloatingPointError) -> None:
         """Say that fairseq has ended the run because of the perturbation, if every micro-batch was fine before it.
 
         Args:
             update: its number.
+            error: fairseq's.
         """
+        reason = str(error)
+        if "inconsistent" in reason and not any(norm in reason for norm in ("= nan", "= inf")):
+            return  # workers whose gradients are finite, but not the same
         norms = [_value(logged["sam_eps"][0]) for logged in self._unread if "sam_eps" in logged]
         if not norms or len(norms) < len(self._unread) or not all(norm > 0 for norm in norms):
             return  # a zero is a gradient that was not finite at the unperturbed weights: ε is not the reason

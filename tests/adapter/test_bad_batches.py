@@ -87,6 +87,23 @@ def test_a_perturbation_that_ends_the_run_is_named(translation_data, caplog, tmp
     assert "Try --sam-epsilon 1e+29, or --sam-epsilon auto" in caplog.text
 
 
+@pytest.mark.parametrize(("norms", "told"), [(("1.5", "2.5"), False), (("nan", "2.5"), True), (("inf", "inf"), True)])
+def test_workers_that_went_apart_are_not_blamed_on_the_perturbation(
+    translation_data, monkeypatch, caplog, tmp_path, norms, told
+):
+    """fairseq says the same of workers whose gradients differ and of those that have one which is not finite."""
+    trainer, batches = build(translation_data, "sam", "--save-dir", str(tmp_path))
+    ranks = "".join(f"rank {rank:3d} = {norm}\n" for rank, norm in enumerate(norms))
+
+    def clip(*args):
+        raise FloatingPointError(f"Fatal error: gradients are inconsistent between workers.\n{ranks}")
+
+    monkeypatch.setattr(trainer, "clip_grad_norm", clip)
+    with pytest.raises(FloatingPointError, match="inconsistent"):
+        trainer.train_step(batches[:1])
+    assert ("failed at perturbed weights" in caplog.text) is told
+
+
 @pytest.mark.parametrize("poisoned", [(0,), (1,), (0, 1)])
 def test_a_batch_that_ends_the_run_is_not_blamed_on_the_perturbation(
     translation_data, monkeypatch, caplog, tmp_path, poisoned
