@@ -77,7 +77,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 @pytest.mark.slow
 def test_the_source_distribution_holds_the_repository(source, tmp_path):
-    """Tests, recipes, pages and what CI runs are in it, so that it can be checked as the repository is."""
+    """Tests, recipes, pages and what CI runs are in it, so that it can be checked as the repository is; it installs."""
     files = {path.relative_to(ROOT).as_posix() for path in repository_files()}
     program = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     run(sys.executable, "-c", program, cwd=source)
@@ -86,6 +86,22 @@ def test_the_source_distribution_holds_the_repository(source, tmp_path):
         packed = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     assert files - packed == set(), "files that the source distribution lacks; MANIFEST.in says what is in it"
     assert {"PKG-INFO", "tests/test_packaging.py", ".ci/run", "examples/demo/run.py", "docs/flags.md"} <= packed
+    target = tmp_path / "installed"
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        target,
+    )
+    run(*pip, path)
+    kinds = "py.typed", "*.py"
+    found = {each.relative_to(target).as_posix() for kind in kinds for each in (target / "fairseq_sam").rglob(kind)}
+    assert found == {name for name in files if name.startswith("fairseq_sam/") and name.endswith((".py", "py.typed"))}
 
 
 @pytest.mark.slow
