@@ -48,7 +48,7 @@ def test_card_states_the_preset(name):
 def test_card_begins_with_a_formula(name):
     begin, _, _ = CARDS[name].partition("<!-- method")
     spans = re.findall(r"`([^`]+)`", begin.partition("\n")[2])
-    assert any(re.search(r"[‖∇Σ]|=.*[·/|]", span, re.DOTALL) for span in spans), spans
+    assert any(re.search(r"[‖∇Σ]|[=−].*[·/|]", span, re.DOTALL) for span in spans), spans
 
 
 def test_every_method_is_in_readme_and_table_of_contents():

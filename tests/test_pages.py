@@ -194,12 +194,12 @@ def test_other_commands_are_known():
     for name in PAGES:
         for words in commands(name):
             if training_flags(words) is None:
-                assert words[0] in ("fairseq-sam", "tensorboard") or _is_script(words), words
+                assert words[0] in ("fairseq-sam", "tensorboard", "source") or _is_script(words), words
 
 
 def _is_script(words: Sequence[str]) -> bool:
     """Whether a command is one of ours, and its flags are in it."""
-    if words[0] != "python":
+    if words[0] not in ("python", "python3"):
         return False
     path = ROOT / (words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1])
     text = path.read_text(encoding="utf-8")
